@@ -1,0 +1,130 @@
+"""One frozen dataclass -> command-line flags, JSON out and JSON in. No registry, no framework.
+
+A script declares its settings with `setting(default, help)`, gives presets as complete values, and calls
+`parse`. Flags are the field names with dashes; booleans also take --no-NAME; None means "decided later"
+(from the plan or the checkpoint).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nanochat.errors import UserError
+
+S = TypeVar("S")
+
+
+def setting(default: Any, help: str) -> Any:
+    """A field of a settings dataclass with its default and its help line (which names the unit)."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def parse(cls: type[S], presets: dict[str, S], argv: list[str] | None, doc: str | None) -> S:
+    """Settings from `argv` (default sys.argv[1:]): --settings FILE or --preset NAME first, then the other flags.
+
+    Prints the help and exits with --help. Raises UserError for an unknown flag or preset or a bad value.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "-h" in words or "--help" in words:
+        print(help_text(cls, presets, doc))
+        raise SystemExit(0)
+    kinds = typing.get_type_hints(cls)
+    names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    base, changes = cls(), {}
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or len(word) < 3:
+            raise UserError(f"expected a flag such as --{sorted(names)[0]}, found {word!r}", "see --help")
+        flag, has_value, value = word[2:].partition("=")
+        name = flag.replace("-", "_")
+        if name not in names | {"preset", "settings"}:
+            if name.startswith("no_") and name[3:] in names and kinds[name[3:]] is bool and not has_value:
+                changes[name[3:]] = False
+                continue
+            near = difflib.get_close_matches(name, sorted(names | {"preset", "settings"}), 1, 0.5)
+            guess = f"did you mean --{near[0].replace('_', '-')}?" if near else "see --help"
+            raise UserError(f"there is no flag --{flag}", guess)
+        if name in names and kinds[name] is bool and not has_value:
+            following = words[0].lower() if words else ""
+            value = words.pop(0) if following in ("true", "false") else "true"
+        elif not has_value:
+            if not words:
+                raise UserError(f"--{flag} needs a value", "write --%s=VALUE" % flag)
+            value = words.pop(0)
+        if name == "preset":
+            if value not in presets:
+                raise UserError(f"there is no preset {value!r}", f"choose one of: {', '.join(presets)}")
+            base = presets[value]
+        elif name == "settings":
+            base = from_dict(cls, _load(Path(value)))
+        else:
+            changes[name] = _convert(kinds[name], value, flag)
+    return dataclasses.replace(base, **changes)  # type: ignore[type-var]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read settings from {path}: {error}", "give a settings.json that a run has written") from error
+
+
+def _convert(kind: Any, text: str, flag: str) -> Any:
+    options = [kind]
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        options = [option for option in typing.get_args(kind) if option is not type(None)]
+        if text.lower() in ("none", ""):
+            return None
+    try:
+        if options[0] is bool:
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        if options[0] is int and "e" in text.lower() and float(text).is_integer():
+            return int(float(text))
+        return options[0](text)
+    except (ValueError, KeyError, OverflowError):
+        raise UserError(f"--{flag} must be {_name(kind)}, found {text!r}", f"write --{flag}=VALUE") from None
+
+
+def _name(kind: Any) -> str:
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "none"}
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return " or ".join(words[option] for option in typing.get_args(kind))
+    return words[kind]
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """The settings as JSON values."""
+    return dataclasses.asdict(settings)
+
+
+def from_dict(cls: type[S], values: dict[str, Any]) -> S:
+    """Settings from `to_dict`'s output; fields it lacks keep their defaults, unknown ones are an error."""
+    names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - names)
+    if unknown:
+        raise UserError(f"these settings do not exist here: {', '.join(unknown)}", "use the settings of the same script")
+    return cls(**values)
+
+
+def describe(settings: Any) -> str:
+    """A two-column table of every setting."""
+    rows = to_dict(settings)
+    width = max(map(len, rows))
+    return "\n".join(f"  {name.ljust(width)}  {'-' if value is None else value}" for name, value in rows.items())
+
+
+def help_text(cls: type[Any], presets: dict[str, Any], doc: str | None) -> str:
+    """The --help page, made from the fields."""
+    lines = [(doc or "").strip(), "", f"  --preset NAME  a complete set of values: {', '.join(presets)}"]
+    lines.append("  --settings FILE  replay a settings.json")
+    for field in dataclasses.fields(cls):
+        default = "" if field.default is None else f" [{field.default}]"
+        lines.append(f"  --{field.name.replace('_', '-')}  {field.metadata['help']}{default}")
+    return "\n".join(lines)
