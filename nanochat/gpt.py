@@ -1,0 +1,447 @@
+"""The network and nothing else: a GPT with GQA, RoPE, QK-norm, value embeddings, smear and backout.
+
+Left out: optimizer, data, sampling with a cache (nanochat.engine), kernels (nanochat.flash_attention).
+Letters: B rows, T time, D width, H query heads, K key/value heads, E = D/H head size, V vocabulary
+(padded to a multiple of 64 in the tables, cropped in the logits), L layers, N = B*T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanochat.flash_attention import flash_attn
+
+ROPE_BASE = 100_000.0
+SOFTCAP = 15.0
+QK_SCALE = 1.2
+NORM_EPS = 2.0**-23
+SMEAR_CHANNELS = 24
+VE_GATE_CHANNELS = 12
+VOCAB_MULTIPLE = 64
+CHUNK_LOGITS = 1 << 22  # logits held at once by the loss: 16 MB in fp32
+
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a model; saved with every checkpoint."""
+
+    sequence_len: int = 2048
+    vocab_size: int = 32768
+    n_layer: int = 12
+    n_head: int = 6
+    n_kv_head: int = 6
+    n_embd: int = 768
+    window_pattern: str = "SSSL"
+
+    def __post_init__(self) -> None:
+        smallest = min(self.sequence_len, self.vocab_size, self.n_layer, self.n_head, self.n_kv_head)
+        if smallest < 1:
+            raise ValueError(f"every size of a model must be at least 1, found {asdict(self)}")
+        if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2 or self.n_embd < SMEAR_CHANNELS:
+            raise ValueError(f"n_embd must be an even multiple of n_head and at least {SMEAR_CHANNELS}, found {self.n_embd} and {self.n_head}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_kv_head must divide n_head, found {self.n_kv_head} and {self.n_head}")
+        if not self.window_pattern or set(self.window_pattern.upper()) - set("SL"):
+            raise ValueError(f"window_pattern must be made of S and L, found {self.window_pattern!r}")
+
+    @property
+    def padded_vocab(self) -> int:
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def windows(self) -> list[int]:
+        """How many keys to its left a query sees, by layer: T for L, 128 * ceil(T / 512) for S; the last layer is L."""
+        short = 128 * -(-self.sequence_len // 512)
+        pattern = self.window_pattern.upper()
+        letters = [pattern[i % len(pattern)] for i in range(self.n_layer - 1)] + ["L"]
+        return [self.sequence_len if letter == "L" else min(short, self.sequence_len) for letter in letters]
+
+    def has_value_embedding(self, layer: int) -> bool:
+        """Every second layer, so that the last one always has it."""
+        return layer % 2 == (self.n_layer - 1) % 2
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + 2^-23) over the last axis, without weights, statistics in fp32."""
+    return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
+
+
+def rope_tables(positions: torch.Tensor, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, (..., 1, E/2), of positions (...): angles in fp32, tables in `dtype` (RoFormer, arXiv 2104.09864)."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions.float().unsqueeze(-1) / ROPE_BASE**exponents
+    return angles.cos().unsqueeze(-2).to(dtype), angles.sin().unsqueeze(-2).to(dtype)
+
+
+def rotate(x_BTHE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the two halves of every head by its position's angles."""
+    x1, x2 = x_BTHE.chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+class Linear(nn.Linear):
+    """Without bias; the fp32 master weight is cast to the activations' dtype."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+    def reset_parameters(self) -> None:
+        """Left to GPT.init_weights."""
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped key/value heads, RoPE, QK-norm and gated value embeddings."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.num_heads, self.num_kv_heads = layer, config.n_head, config.n_kv_head
+        self.head_dim = config.n_embd // config.n_head
+        kv_dim = self.num_kv_heads * self.head_dim
+        self.c_q = Linear(config.n_embd, config.n_embd)
+        self.c_k = Linear(config.n_embd, kv_dim)
+        self.c_v = Linear(config.n_embd, kv_dim)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.ve_gate = Linear(VE_GATE_CHANNELS, self.num_kv_heads) if config.has_value_embedding(layer) else None
+
+    def forward(
+        self, x_BTD: torch.Tensor, ve_BTC: torch.Tensor | None, rope: tuple[torch.Tensor, torch.Tensor], attend: Attend, window: int
+    ) -> torch.Tensor:
+        B, T, D = x_BTD.shape
+        q_BTHE = self.c_q(x_BTD).view(B, T, self.num_heads, self.head_dim)
+        k_BTKE = self.c_k(x_BTD).view(B, T, self.num_kv_heads, self.head_dim)
+        v_BTKE = self.c_v(x_BTD).view(B, T, self.num_kv_heads, self.head_dim)
+        if self.ve_gate is not None and ve_BTC is not None:
+            gate_BTK1 = 3 * torch.sigmoid(self.ve_gate(x_BTD[..., :VE_GATE_CHANNELS])).unsqueeze(-1)
+            v_BTKE = torch.addcmul(v_BTKE, gate_BTK1, ve_BTC.view(B, T, self.num_kv_heads, self.head_dim))
+        q_BTHE = QK_SCALE * norm(rotate(q_BTHE, *rope))
+        k_BTKE = QK_SCALE * norm(rotate(k_BTKE, *rope))
+        y_BTHE = attend(self.layer, q_BTHE, k_BTKE, v_BTKE, window)
+        return self.c_proj(y_BTHE.reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    """W2 relu(W1 x)^2 with four times the width inside."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    """One layer: attention, then MLP, each on the normed stream and added to it."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config)
+
+
+class GPT(nn.Module):
+    """The model of docs/tour.md. `GPT(config)` allocates (also on meta), `init_weights()` fills.
+
+    `compute_dtype` is the dtype of activations and matrix products; parameters stay fp32.
+    """
+
+    def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        V, D, L = config.padded_vocab, config.n_embd, config.n_layer
+        kv_dim = config.n_kv_head * (D // config.n_head)
+        self.transformer = nn.ModuleDict(
+            {"wte": nn.Embedding(V, D), "h": nn.ModuleList([Block(config, i) for i in range(L)])}
+        )
+        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(V, kv_dim) for i in range(L) if config.has_value_embedding(i)})
+        self.lm_head = Linear(D, V)
+        self.resid_lambdas = nn.Parameter(torch.empty(L))
+        self.x0_lambdas = nn.Parameter(torch.empty(L))
+        self.smear_gate = Linear(SMEAR_CHANNELS, 1)
+        self.smear_lambda = nn.Parameter(torch.empty(1))
+        self.backout_lambda = nn.Parameter(torch.empty(1))
+
+    @torch.no_grad()
+    def init_weights(self, seed: int | None = None) -> None:
+        """Fill every parameter by the table of training.md section 1; with a seed, the same on every device."""
+        device = self.get_device()
+        rng = None if seed is None else torch.Generator().manual_seed(seed)
+
+        def fill(weight: torch.Tensor, kind: str, size: float) -> None:
+            values = torch.empty(weight.shape)
+            if kind == "normal":
+                values.normal_(0.0, size, generator=rng)
+            else:
+                values.uniform_(-size if kind == "uniform" else 0.0, size, generator=rng)
+            weight.copy_(values.to(device))
+
+        s, L = (3 / self.config.n_embd) ** 0.5, self.config.n_layer
+        fill(self.wte.weight, "normal", 0.8)
+        fill(self.lm_head.weight, "normal", 0.001)
+        for block in self.blocks:
+            for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
+                fill(linear.weight, "uniform", s)
+            fill(block.mlp.c_fc.weight, "uniform", 0.4 * s)
+            block.attn.c_proj.weight.zero_()
+            block.mlp.c_proj.weight.zero_()
+            if block.attn.ve_gate is not None:
+                fill(block.attn.ve_gate.weight, "positive", 0.02)
+        for embedding in self.value_embeds.values():
+            fill(embedding.weight, "uniform", s)
+        depth = torch.arange(L, device=device) / max(L - 1, 1)
+        self.resid_lambdas.copy_(1.15 - 0.10 * depth)
+        self.x0_lambdas.copy_(0.20 - 0.15 * depth)
+        fill(self.smear_gate.weight, "positive", 0.02)
+        self.smear_lambda.zero_()
+        self.backout_lambda.fill_(0.2)
+
+    @property
+    def wte(self) -> nn.Embedding:
+        return self.transformer["wte"]  # type: ignore[return-value]
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.transformer["h"]  # type: ignore[return-value]
+
+    def get_device(self) -> torch.device:
+        return self.wte.weight.device
+
+    # ------------------------------------------------------------------ the three parts
+
+    def trunk(
+        self,
+        ids_BT: torch.Tensor,
+        prev_ids_BT: torch.Tensor | None,
+        positions_BT: torch.Tensor,
+        attend: Attend,
+        is_first_BT: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Embeddings and all layers -> the last hidden state (B, T, D), in the compute dtype.
+
+        prev_ids_BT: the token before each one, -1 for none. None means that the row itself holds them (the
+        first column has none, nor has any token marked in is_first_BT), which saves the second look-up.
+        positions_BT: (T,) or (B, T).
+        """
+        cfg, dtype = self.config, self.compute_dtype
+        h_BTD = norm(F.embedding(ids_BT, self.wte.weight).to(dtype))
+        gate_BT1 = self.smear_lambda.to(dtype) * torch.sigmoid(self.smear_gate(h_BTD[..., :SMEAR_CHANNELS]))
+        if prev_ids_BT is None:
+            if is_first_BT is not None:
+                gate_BT1 = gate_BT1.masked_fill(is_first_BT.unsqueeze(-1), 0)
+            x_BTD = torch.cat((h_BTD[:, :1], torch.addcmul(h_BTD[:, 1:], gate_BT1[:, 1:], h_BTD[:, :-1])), dim=1)
+        else:
+            before_BTD = norm(F.embedding(prev_ids_BT.clamp(min=0), self.wte.weight).to(dtype))
+            gate_BT1 = gate_BT1.masked_fill((prev_ids_BT < 0).unsqueeze(-1), 0)
+            x_BTD = torch.addcmul(h_BTD, gate_BT1, before_BTD)
+        x0_BTD = x_mid_BTD = x_BTD
+        rope = rope_tables(positions_BT, cfg.n_embd // cfg.n_head, dtype)
+        resid, x0_share = self.resid_lambdas.to(dtype), self.x0_lambdas.to(dtype)
+        for i, (block, window) in enumerate(zip(self.blocks, cfg.windows, strict=True)):
+            x_BTD = torch.addcmul(resid[i] * x_BTD, x0_share[i], x0_BTD)
+            ve = self.value_embeds[str(i)] if cfg.has_value_embedding(i) else None
+            ve_BTC = None if ve is None else F.embedding(ids_BT, ve.weight).to(dtype)
+            x_BTD = x_BTD + block.attn(norm(x_BTD), ve_BTC, rope, attend, window)
+            x_BTD = x_BTD + block.mlp(norm(x_BTD))
+            if i == cfg.n_layer // 2:
+                x_mid_BTD = x_BTD
+        return norm(x_BTD - self.backout_lambda.to(dtype) * x_mid_BTD)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Softcapped fp32 logits (..., V) of hidden states (..., D)."""
+        return softcap(self.lm_head(hidden)[..., : self.config.vocab_size].float())
+
+    def token_nll(self, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        """Negative log-likelihood in nats of each target (fp32, 0 where the target is -1), chunk by chunk."""
+        rows = max(1, CHUNK_LOGITS // self.config.vocab_size)
+        return torch.cat(
+            [
+                F.cross_entropy(self.logits(h), t, ignore_index=-1, reduction="none")
+                for h, t in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)
+            ]
+        )
+
+    def weighted_nll(self, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """sum(weights * nll) over the targets that are not -1 (fp32 scalar); the gradient comes with the value.
+
+        hidden (..., D); targets, weights (...): the whole logits never exist at once, only CHUNK_LOGITS of them.
+        """
+        flat, targets_N, weights_N = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), weights.reshape(-1).float()
+        if flat.device.type == "cpu" and bool((targets_N < 0).any()):  # selecting rows is free here; on a GPU it would synchronise
+            keep = (targets_N >= 0).nonzero().squeeze(1)
+            flat, targets_N, weights_N = flat[keep], targets_N[keep], weights_N[keep]
+        return WeightedNLL.apply(flat, self.lm_head.weight, targets_N, weights_N, self.config.vocab_size)  # type: ignore[no-any-return]
+
+    # ------------------------------------------------------------------ the public forward
+
+    def forward(
+        self,
+        idx: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        kv_cache: Any = None,
+        loss_reduction: str = "mean",
+        doc_start: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits (B, T, V) fp32, or with targets (B, T; -1 ignored) the loss: "mean", "sum", or "none" (B*T,).
+
+        doc_start (B, T) int32: where the document of each token starts; attention and smear stay inside it.
+        kv_cache: continue after the cached tokens (nanochat.engine.KVCache); the cache is advanced by T.
+        Raises ValueError for a row longer than sequence_len or an unknown reduction.
+        """
+        if kv_cache is not None:
+            hidden = self._cached_trunk(idx, kv_cache)
+        else:
+            hidden = self.hidden(idx, doc_start)
+        if targets is None:
+            return self.logits(hidden)
+        if loss_reduction == "none":
+            return self.token_nll(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
+        if loss_reduction not in ("mean", "sum"):
+            raise ValueError(f"loss_reduction must be mean, sum or none, found {loss_reduction!r}")
+        count = (targets >= 0).sum() if loss_reduction == "mean" else torch.ones((), device=idx.device)
+        return self.weighted_nll(hidden, targets, (1.0 / count).expand(targets.shape))
+
+    def hidden(self, ids_BT: torch.Tensor, doc_start_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """The trunk over whole rows (training, scoring): hidden states (B, T, D)."""
+        T = ids_BT.shape[1]
+        if T > self.config.sequence_len:
+            raise ValueError(f"a row may hold {self.config.sequence_len} tokens, found {T}; cut it or raise sequence_len")
+        positions_T = torch.arange(T, device=ids_BT.device)
+
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+            left = -1 if window >= T else window
+            return flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(left, 0), doc_start=doc_start_BT)
+
+        is_first = None if doc_start_BT is None else doc_start_BT == positions_T
+        return self.trunk(ids_BT, None, positions_T, attend, is_first)
+
+    def _cached_trunk(self, ids_BT: torch.Tensor, cache: Any) -> torch.Tensor:
+        T, seqlens_B = ids_BT.shape[1], cache.cache_seqlens
+        prev_BT = torch.cat((cache.prev_ids.unsqueeze(1), ids_BT[:, :-1]), dim=1)
+        positions_BT = seqlens_B.unsqueeze(1) + torch.arange(T, device=ids_BT.device)
+
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+            left = -1 if window >= self.config.sequence_len else window
+            keys, values = cache.get_layer_cache(layer)
+            return flash_attn.flash_attn_with_kvcache(
+                q, keys, values, k=k, v=v, cache_seqlens=seqlens_B, causal=True, window_size=(left, 0)
+            )
+
+        hidden = self.trunk(ids_BT, prev_BT, positions_BT, attend)
+        cache.prev_ids = ids_BT[:, -1].clone()
+        cache.advance(T)
+        return hidden
+
+    # ------------------------------------------------------------------ counts
+
+    def num_scaling_params(self) -> dict[str, int]:
+        """Parameter counts by group; "scaling" = transformer_matrices + lm_head, the count that data is scaled by."""
+        counts = {
+            "wte": self.wte.weight.numel(),
+            "value_embeds": sum(p.numel() for p in self.value_embeds.parameters()),
+            "lm_head": self.lm_head.weight.numel(),
+            "transformer_matrices": sum(p.numel() for p in self.blocks.parameters()),
+        }
+        counts["total"] = sum(p.numel() for p in self.parameters())
+        counts["scalars"] = counts["total"] - sum(counts[k] for k in ("wte", "value_embeds", "lm_head", "transformer_matrices"))
+        counts["scaling"] = counts["transformer_matrices"] + counts["lm_head"]
+        return counts
+
+    def estimate_flops(self, causal: bool = False) -> float:
+        """FLOPs per token, forward and backward: 6 P_mm + 12 D sum(min(w, T)); `causal` counts only visible keys."""
+        cfg, T = self.config, self.config.sequence_len
+        matrices = self.num_scaling_params()["scaling"] + SMEAR_CHANNELS
+        keys = 0.0
+        for window in cfg.windows:
+            m = min(window + 1, T)
+            keys += m - m * (m - 1) / (2 * T) if causal else min(window, T)
+        return 6 * matrices + 12 * cfg.n_embd * keys
+
+    def setup_optimizer(self, *, batch_tokens: int = 2**19, weight_decay: float = 0.28, lr_scale: float = 1.0, **rates: float) -> Any:
+        """MuonAdamW over all parameters by the rules of nanochat.optim.groups; `lr_scale` multiplies every rate."""
+        from nanochat.optim import MuonAdamW
+        from nanochat.optim.groups import param_groups
+
+        ns_dtype = torch.bfloat16 if self.compute_dtype == torch.bfloat16 else torch.float32
+        groups = param_groups(
+            self.named_parameters(), model_dim=self.config.n_embd, batch_tokens=batch_tokens, weight_decay=weight_decay, ns_dtype=ns_dtype, **rates
+        )
+        for group in groups:
+            group["lr"] *= lr_scale
+            group["initial_lr"] = group["lr"]
+        return MuonAdamW(groups)
+
+    @torch.inference_mode()
+    def generate(
+        self, tokens: list[int], max_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 42
+    ) -> Iterator[int]:
+        """Yield tokens one by one, recomputing the whole row each time: the obvious version the engine is tested against."""
+        ids, rng = list(tokens), torch.Generator().manual_seed(seed)
+        for _ in range(max_tokens):
+            row = torch.tensor([ids[-self.config.sequence_len :]], device=self.get_device())
+            logits_V = self.logits(self.hidden(row)[0, -1]).cpu()
+            if temperature == 0:
+                choice = int(logits_V.argmax())
+            else:
+                if top_k:
+                    kth = logits_V.topk(min(top_k, logits_V.numel())).values[-1]
+                    logits_V = logits_V.masked_fill(logits_V < kth, float("-inf"))
+                choice = int(torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=rng))
+            ids.append(choice)
+            yield choice
+
+
+def softcap(logits: torch.Tensor) -> torch.Tensor:
+    """15 tanh(z / 15): logits stay within +-15 (Gemma 2, arXiv 2408.00118)."""
+    return SOFTCAP * torch.tanh(logits / SOFTCAP)
+
+
+class WeightedNLL(torch.autograd.Function):
+    """sum_n w_n * nll_n of softcapped logits, and its gradient, made together in chunks of tokens.
+
+    With c = softcap(h W^T): d nll / d logit = (softmax(c) - onehot) * (1 - (c/15)^2). fp32 arithmetic between
+    the two matrix products, which run in the dtype of h; the gradient of W is summed in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, weights_N: torch.Tensor, vocab: int) -> torch.Tensor:  # type: ignore[override]
+        w_VD = weight_VD[:vocab].to(hidden_ND.dtype)
+        wants = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        total = torch.zeros((), device=hidden_ND.device, dtype=torch.float32)
+        grad_h = torch.empty_like(hidden_ND) if wants else None
+        grad_w = torch.zeros_like(weight_VD, dtype=torch.float32) if wants else None
+        rows = max(1, CHUNK_LOGITS // vocab)
+        for i in range(0, hidden_ND.shape[0], rows):
+            h, t = hidden_ND[i : i + rows], targets_N[i : i + rows]
+            w = weights_N[i : i + rows].masked_fill(t < 0, 0.0)
+            t = t.clamp(min=0).unsqueeze(1)
+            tanh = (h @ w_VD.T).float().div_(SOFTCAP).tanh_()
+            scores = tanh * SOFTCAP
+            log_z = scores.logsumexp(1, keepdim=True)
+            total += ((log_z - scores.gather(1, t)).squeeze(1) * w).sum()
+            if grad_h is not None and grad_w is not None:
+                d = scores.sub_(log_z).exp_()  # the softmax
+                d.scatter_add_(1, t, torch.full_like(log_z, -1.0))
+                d.mul_(tanh.square_().neg_().add_(1.0)).mul_(w.unsqueeze(1))
+                d = d.to(h.dtype)
+                grad_h[i : i + rows] = d @ w_VD
+                grad_w[:vocab] += (d.T @ h).float()
+        if grad_h is not None:
+            ctx.save_for_backward(grad_h, grad_w)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        grad_h, grad_w = ctx.saved_tensors
+        return grad_h * grad.to(grad_h.dtype), grad_w * grad, None, None, None

@@ -1,0 +1,164 @@
+"""The depth dial: one number, depth, decides shape, batch, horizon and rates. Pure arithmetic, no torch.
+
+Every rule is of training.md section 3, fitted at d12: batch ~ horizon^0.383, decay ~ sqrt(batch) / horizon.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+REF_PARAMS = 110_100_912  # transformer matrices and head of the reference, d12
+REF_BATCH = 2**19
+REF_DECAY = 0.28
+BATCH_EXPONENT = 0.383
+DEFAULT_RATIO = 12.0  # training tokens per scaling parameter
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every derived number of a base run."""
+
+    depth: int
+    model_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    sequence_len: int
+    vocab_size: int
+    window_pattern: str
+    params_total: int
+    params_scaling: int
+    flops_per_token: float
+    horizon_tokens: int
+    batch_tokens: int
+    num_steps: int
+    weight_decay: float
+    lr_factor: float
+    device_batch: int
+    accum: int
+    world_size: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def total_flops(self) -> float:
+        return self.flops_per_token * self.num_steps * self.batch_tokens
+
+    def config(self) -> dict[str, Any]:
+        """The arguments of GPTConfig."""
+        return {
+            "sequence_len": self.sequence_len,
+            "vocab_size": self.vocab_size,
+            "n_layer": self.depth,
+            "n_head": self.num_heads,
+            "n_kv_head": self.num_kv_heads,
+            "n_embd": self.model_dim,
+            "window_pattern": self.window_pattern,
+        }
+
+
+def shape(depth: int, aspect: int = 64, head_dim: int = 128) -> tuple[int, int]:
+    """(width, heads): depth * aspect rounded up to whole heads."""
+    heads = -(-depth * aspect // head_dim)
+    return heads * head_dim, heads
+
+
+def count_params(depth: int, width: int, kv_dim: int, kv_heads: int, vocab: int) -> dict[str, int]:
+    """Parameter counts by the formulas of training.md section 1, without building a model."""
+    padded, embeds = -(-vocab // 64) * 64, (depth + 1) // 2
+    matrices = depth * (10 * width**2 + 2 * width * kv_dim) + 12 * embeds * kv_heads
+    counts = {"wte": padded * width, "lm_head": padded * width, "value_embeds": embeds * padded * kv_dim}
+    counts |= {"transformer_matrices": matrices, "scalars": 2 * depth + 26}
+    counts["total"] = sum(counts.values())
+    counts["scaling"] = matrices + padded * width
+    return counts
+
+
+def windows(depth: int, sequence_len: int, pattern: str) -> list[int]:
+    """Keys to the left by layer; see GPTConfig.windows, which a test holds equal."""
+    short = min(128 * -(-sequence_len // 512), sequence_len)
+    letters = [pattern.upper()[i % len(pattern)] for i in range(depth - 1)] + ["L"]
+    return [sequence_len if letter == "L" else short for letter in letters]
+
+
+def best_batch(horizon_tokens: float, ref_horizon: float) -> int:
+    """The batch in tokens: a power of two near 2^19 (horizon / reference horizon)^0.383."""
+    return 2 ** round(math.log2(REF_BATCH * (horizon_tokens / ref_horizon) ** BATCH_EXPONENT))
+
+
+def plan(
+    depth: int,
+    *,
+    aspect: int = 64,
+    head_dim: int = 128,
+    num_kv_heads: int | None = None,
+    sequence_len: int = 2048,
+    vocab_size: int = 32768,
+    window_pattern: str = "SSSL",
+    ratio: float = DEFAULT_RATIO,
+    target_flops: float | None = None,
+    num_steps: int | None = None,
+    batch_tokens: int | None = None,
+    device_batch: int = 32,
+    world_size: int = 1,
+) -> Plan:
+    """The plan of a base run. The horizon is num_steps * batch if given, else target_flops / F, else ratio * N.
+
+    Raises ValueError for sizes that cannot be, and for an explicit batch that ranks * device_batch * T does not divide.
+    """
+    if depth < 1 or aspect < 1 or head_dim < 2 or head_dim % 2:
+        raise ValueError(f"depth and aspect must be at least 1 and head_dim even, found {depth}, {aspect}, {head_dim}")
+    if device_batch < 1 or sequence_len < 1 or world_size < 1:
+        raise ValueError(f"device_batch, sequence_len and world_size must be at least 1, found {device_batch}, {sequence_len}, {world_size}")
+    width, heads = shape(depth, aspect, head_dim)
+    kv_heads = num_kv_heads or heads
+    if heads % kv_heads:
+        fits = ", ".join(str(k) for k in range(1, heads + 1) if heads % k == 0)
+        raise ValueError(f"num_kv_heads must divide the {heads} heads, found {kv_heads}; these do: {fits}")
+    counts = count_params(depth, width, kv_heads * head_dim, kv_heads, vocab_size)
+    visible = sum(min(w, sequence_len) for w in windows(depth, sequence_len, window_pattern))
+    flops = 6.0 * (counts["scaling"] + 24) + 12.0 * width * visible
+    ref_horizon = ratio * REF_PARAMS
+    horizon = ratio * counts["scaling"] if target_flops is None else target_flops / flops
+    step_rows_tokens = device_batch * sequence_len * world_size
+    if batch_tokens is not None:
+        if batch_tokens % step_rows_tokens:
+            below = max(batch_tokens // step_rows_tokens, 1) * step_rows_tokens
+            raise ValueError(
+                f"the batch must be a multiple of ranks * device batch * T = {step_rows_tokens} tokens, found {batch_tokens}; "
+                f"{below} and {below + step_rows_tokens} work"
+            )
+        batch = batch_tokens
+    else:
+        if num_steps is not None:
+            scale = REF_BATCH * ref_horizon**-BATCH_EXPONENT
+            horizon = (num_steps * scale) ** (1 / (1 - BATCH_EXPONENT))
+        wanted = best_batch(horizon, ref_horizon)
+        batch = max(1, round(wanted / step_rows_tokens)) * step_rows_tokens
+    steps = num_steps if num_steps is not None else max(1, int(horizon // batch))
+    horizon_tokens = steps * batch
+    b = math.sqrt(batch / REF_BATCH)
+    return Plan(
+        depth=depth,
+        model_dim=width,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        sequence_len=sequence_len,
+        vocab_size=vocab_size,
+        window_pattern=window_pattern,
+        params_total=counts["total"],
+        params_scaling=counts["scaling"],
+        flops_per_token=flops,
+        horizon_tokens=horizon_tokens,
+        batch_tokens=batch,
+        num_steps=steps,
+        weight_decay=REF_DECAY * b * ref_horizon / horizon_tokens,
+        lr_factor=b,
+        device_batch=device_batch,
+        accum=batch // step_rows_tokens,
+        world_size=world_size,
+    )
