@@ -1,0 +1,40 @@
+"""AdamW on lists of fp32 tensors: p ← p(1-η·wd), then p ← p - η·m̂/(√v̂+eps)."""
+
+import torch
+from torch.optim.adamw import adamw
+
+DEFAULTS = {"betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
+
+
+def adamw_(
+    params: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    exp_avgs: list[torch.Tensor],
+    exp_avg_sqs: list[torch.Tensor],
+    steps: list[torch.Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One step in place. `steps` are 0-dim fp32 counters on the params' device, raised by one here.
+
+    torch's fused kernel is this formula in one pass over memory, on CPU, CUDA and MPS.
+    """
+    adamw(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        fused=params[0].device.type in ("cpu", "cuda", "mps"),
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+    )
