@@ -22,19 +22,11 @@ def adamw_(
 
     torch's fused kernel is this formula in one pass over memory, on CPU, CUDA and MPS.
     """
-    adamw(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        [],
-        steps,
-        fused=params[0].device.type in ("cpu", "cuda", "mps"),
-        amsgrad=False,
-        beta1=betas[0],
-        beta2=betas[1],
-        lr=lr,
-        weight_decay=weight_decay,
-        eps=eps,
-        maximize=False,
-    )
+    on_or_off = {
+        "fused": params[0].device.type in ("cpu", "cuda", "mps"),
+        "amsgrad": False,
+        "maximize": False,
+    }
+    beta1, beta2 = betas
+    rates = {"beta1": beta1, "beta2": beta2, "lr": lr, "weight_decay": weight_decay, "eps": eps}
+    adamw(params, grads, exp_avgs, exp_avg_sqs, [], steps, **on_or_off, **rates)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """Parameter name -> optimizer rule: which group, which rate, which decay.
 
-With a = (D/768)^-½ and b = √(B_tok/2¹⁹): rates tuned at width 768 and 2¹⁹ tokens a batch carry over.
+Rates were tuned at width 768 and 2¹⁹ tokens a batch; a = (D/768)^-½ and b = √(B_tok/2¹⁹) carry them over.
 """
 
 import re
@@ -14,24 +14,25 @@ REFERENCE_BATCH_TOKENS = 2**19
 
 
 class Rule(NamedTuple):
-    """One AdamW row of the table; `scales` names the factors on its rate."""
+    """One row of the table: `scales` names the factors on lr, `options` go into the group as they are."""
 
+    rate: str
     pattern: str
-    lr: str
+    lr: float
     scales: str
-    betas: tuple[float, float]
-    weight_decay: float
+    options: dict[str, Any]
 
 
-ADAMW_RULES = (
-    Rule(r"lm_head\.weight", "lm_head_lr", "ab", (0.8, 0.96), 0.01),
-    Rule(r"transformer\.wte\.weight", "wte_lr", "ab", (0.8, 0.995), 0.001),
-    Rule(r"value_embeds\.\d+\.weight", "value_embeds_lr", "ab", (0.8, 0.995), 0.01),
-    Rule(r"resid_lambdas", "resid_lambdas_lr", "b", (0.8, 0.95), 0.05),
-    Rule(r"x0_lambdas", "x0_lambdas_lr", "b", (0.96, 0.95), 0.0),
-    Rule(r"smear_gate\.weight|smear_lambda|backout_lambda", "smear_backout_lr", "", (0.8, 0.95), 0.0),
+EMBEDDING, SCALAR = (0.8, 0.995), (0.8, 0.95)
+RULES = (
+    Rule("lm_head_lr", r"lm_head\.weight", 0.008, "ab", {"betas": (0.8, 0.96), "weight_decay": 0.01}),
+    Rule("wte_lr", r"transformer\.wte\.weight", 0.3, "ab", {"betas": EMBEDDING, "weight_decay": 0.001}),
+    Rule("value_embeds_lr", r"value_embeds\..+", 0.15, "ab", {"betas": EMBEDDING, "weight_decay": 0.01}),
+    Rule("resid_lambdas_lr", r"resid_lambdas", 0.005, "b", {"betas": SCALAR, "weight_decay": 0.05}),
+    Rule("x0_lambdas_lr", r"x0_lambdas", 0.5, "b", {"betas": (0.96, 0.95), "weight_decay": 0.0}),
+    Rule("smear_backout_lr", r"smear_.+|backout_lambda", 0.2, "", {"betas": SCALAR, "weight_decay": 0.0}),
+    Rule("matrix_lr", r"transformer\.h\..+\.weight", 0.02, "b", {"kind": "muon"}),
 )
-MUON_PATTERN = r"transformer\.h\..+"
 
 
 def param_groups(
@@ -41,57 +42,35 @@ def param_groups(
     batch_tokens: int,
     weight_decay: float,
     ns_dtype: torch.dtype = torch.float32,
-    lm_head_lr: float = 0.008,
-    wte_lr: float = 0.3,
-    value_embeds_lr: float = 0.15,
-    resid_lambdas_lr: float = 0.005,
-    x0_lambdas_lr: float = 0.5,
-    smear_backout_lr: float = 0.2,
-    matrix_lr: float = 0.02,
+    **rates: float,
 ) -> list[dict[str, Any]]:
-    """Groups for MuonAdamW, with lr = initial_lr scaled by width and batch. `weight_decay` is Muon's.
+    """Groups for MuonAdamW; `weight_decay` is Muon's, `rates` replace the table's (wte_lr=0.2, ...).
 
-    Every parameter lands in exactly one group; ValueError names those that no rule knows.
+    Every parameter lands in exactly one group; ValueError names those that no rule knows, and unknown rates.
     """
     if model_dim < 1 or batch_tokens < 1:
         raise ValueError(f"model_dim and batch_tokens must be positive, got {model_dim} and {batch_tokens}")
-    lrs = {
-        "lm_head_lr": lm_head_lr,
-        "wte_lr": wte_lr,
-        "value_embeds_lr": value_embeds_lr,
-        "resid_lambdas_lr": resid_lambdas_lr,
-        "x0_lambdas_lr": x0_lambdas_lr,
-        "smear_backout_lr": smear_backout_lr,
-    }
-    width_scale = (model_dim / REFERENCE_DIM) ** -0.5
-    batch_scale = (batch_tokens / REFERENCE_BATCH_TOKENS) ** 0.5
-    members: dict[Rule | None, list[tuple[str, torch.Tensor]]] = {rule: [] for rule in (*ADAMW_RULES, None)}
+    if wrong := sorted(rates.keys() - {rule.rate for rule in RULES}):
+        raise ValueError(
+            f"unknown rates {', '.join(wrong)}; there are {', '.join(rule.rate for rule in RULES)}"
+        )
+    members: dict[str, list[tuple[str, torch.Tensor]]] = {rule.rate: [] for rule in RULES}
     unknown = []
     for name, p in named_parameters:
-        if re.fullmatch(MUON_PATTERN, name) and p.ndim == 2:
-            members[None].append((name, p))
-        elif rule := next((rule for rule in ADAMW_RULES if re.fullmatch(rule.pattern, name)), None):
-            members[rule].append((name, p))
-        else:
+        rule = next((rule for rule in RULES if re.fullmatch(rule.pattern, name)), None)
+        if rule is None:
             unknown.append(f"{name} {tuple(p.shape)}")
+        else:
+            members[rule.rate].append((name, p))
     if unknown:
         raise ValueError(f"no optimizer rule for {', '.join(unknown)}; add one to nanochat/optim/groups.py")
-    groups: list[dict[str, Any]] = []
-    for rule in ADAMW_RULES:
-        lr = (
-            lrs[rule.lr]
-            * (width_scale if "a" in rule.scales else 1)
-            * (batch_scale if "b" in rule.scales else 1)
-        )
-        options = {
-            "lr": lr,
-            "initial_lr": lr,
-            "betas": rule.betas,
-            "eps": 1e-10,
-            "weight_decay": rule.weight_decay,
-        }
-        groups.append({"kind": "adamw", "params": members[rule], **options})
-    lr = matrix_lr * batch_scale
-    options = {"lr": lr, "initial_lr": lr, "weight_decay": weight_decay, "ns_dtype": ns_dtype}
-    groups.append({"kind": "muon", "params": members[None], **options})
+    factors = {"a": (model_dim / REFERENCE_DIM) ** -0.5, "b": (batch_tokens / REFERENCE_BATCH_TOKENS) ** 0.5}
+    muon_options = {"weight_decay": weight_decay, "ns_dtype": ns_dtype}
+    groups = []
+    for rule in RULES:
+        lr = rates.get(rule.rate, rule.lr)
+        for scale in rule.scales:
+            lr *= factors[scale]
+        group = {"kind": "adamw", "params": members[rule.rate], "lr": lr, "initial_lr": lr, **rule.options}
+        groups.append(group | muon_options if group["kind"] == "muon" else group)
     return [group for group in groups if group["params"]]

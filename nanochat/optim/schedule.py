@@ -1,10 +1,6 @@
-"""Schedules: pure functions of the step k (0-based) and the number of steps N.
-
-Each returns a factor or a momentum; `set_rates` is the only one that writes, into an optimizer's groups.
-"""
+"""Schedules: pure functions of the step k (0-based) and the number of steps N, values in [0, 1]."""
 
 import math
-from typing import Any
 
 WARMDOWN_FRAC = 0.65
 
@@ -58,18 +54,6 @@ def weight_decay_factor(k: int, N: int) -> float:
     """½(1+cos(πk/N)), for Muon's decay; AdamW's stays constant."""
     _check(k, N)
     return _clamp(0.5 * (1 + math.cos(math.pi * k / N)))
-
-
-def set_rates(
-    groups: list[dict[str, Any]], lr: float, momentum: float | None = None, decay: float | None = None
-) -> None:
-    """Write one step's values: lr = initial_lr·factor everywhere; μ and initial_weight_decay·factor for Muon."""
-    for group in groups:
-        group["lr"] = group["initial_lr"] * lr
-        if group["kind"] == "muon" and momentum is not None:
-            group["momentum"] = momentum
-        if group["kind"] == "muon" and decay is not None:
-            group["weight_decay"] = group["initial_weight_decay"] * decay
 
 
 def _remaining(k: int, N: int, warmdown_frac: float) -> float:

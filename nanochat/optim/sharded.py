@@ -5,6 +5,7 @@ through reduce -> update -> gather. One process, gloo and NCCL share the path; a
 parameters and their gradients directly and needs no buffers. Left out: overlap with the backward pass.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,16 +15,14 @@ import torch.distributed as dist
 
 from nanochat.optim import adamw, muon
 
-REPLICATED_BELOW = (
-    1024  # elements: smaller AdamW tensors are all-reduced and their state is kept on every rank
-)
+Named = list[tuple[str, torch.Tensor]]
+REPLICATED_BELOW = 1024  # elements; smaller AdamW tensors are all-reduced and updated on every rank
 
 
 class Slice(NamedTuple):
-    """A piece of optimizer state: elements [offset, offset+len) of a flattened tensor of `shape`."""
+    """A piece of optimizer state: `tensor` holds the elements from `offset` of a flat tensor of `shape`."""
 
-    moment: str
-    name: str
+    key: str  # moment|parameter
     offset: int
     shape: tuple[int, ...]
     tensor: torch.Tensor
@@ -65,104 +64,43 @@ class Ranks:
         return dist.all_gather_into_tensor(full, self.shard(full), async_op=True)
 
 
-class MuonStack:
-    """All matrices of one shape in a group, padded to ceil(n/P) per rank."""
+class Unit:
+    """Some parameters of one group on their way through reduce, update, gather.
 
-    def __init__(self, group: dict[str, Any], names: list[str], params: list[torch.Tensor], ranks: Ranks):
-        self.group, self.names, self.params, self.ranks = group, names, params, ranks
-        rows, cols = params[0].shape
-        chunk = -(-len(params) // ranks.size)
-        self.owned = range(min(ranks.rank * chunk, len(params)), min((ranks.rank + 1) * chunk, len(params)))
-        self.full = params[0].new_zeros(chunk * ranks.size, rows, cols) if ranks.size > 1 else None
-        self.momentum = params[0].new_zeros(len(self.owned), rows, cols)
-        self.second = params[0].new_zeros(len(self.owned), max(rows, cols))
-        self.numel = len(params) * rows * cols
-        self.is_sharded = True
-        self.grads: list[torch.Tensor] = []
-        self.work: Any = None
+    With several ranks they lie in `full`, back to back, as `count` items; each rank owns ceil(count / P)
+    of them; zeros fill the end.
+    """
 
-    def reduce(self) -> None:
-        grads = [gradient(p) for p in self.params]
-        if self.full is None:
-            self.grads = grads
-            return
-        self.full[len(grads) :].zero_()
-        torch._foreach_copy_(list(self.full[: len(grads)].unbind()), grads)
-        self.work = self.ranks.reduce_scatter(self.full)
-
-    def arrive(self) -> list[torch.Tensor]:
-        """Wait; the gradients this rank owns, summed over ranks."""
-        if self.full is not None:
-            self.work.wait()
-            self.grads = list(self.full[self.owned.start : self.owned.stop].unbind())
-        return self.grads
-
-    def update(self) -> None:
-        weights = [self.params[i].detach() for i in self.owned]
-        if weights:
-            options = {key: self.group[key] for key in ("lr", "momentum", *muon.DEFAULTS)}
-            muon.muon_(weights, self.grads, self.momentum, self.second, **options)
-        self.grads = []
-        if self.full is not None:
-            torch._foreach_copy_(list(self.full[self.owned.start : self.owned.stop].unbind()), weights)
-            self.work = self.ranks.all_gather(self.full)
-
-    def finish(self) -> None:
-        if self.full is not None:
-            self.work.wait()
-            others = [i for i in range(len(self.params)) if i not in self.owned]
-            torch._foreach_copy_([self.params[i].detach() for i in others], [self.full[i] for i in others])
-
-    def slices(self) -> Iterator[Slice]:
-        shape, vector = tuple(self.params[0].shape), (self.second.shape[1],)
-        for i, name in enumerate(self.names):
-            mine = slice(i - self.owned.start, i - self.owned.start + 1) if i in self.owned else slice(0, 0)
-            yield Slice("muon.momentum", name, 0, shape, self.momentum[mine].view(-1), False)
-            yield Slice("muon.second", name, 0, vector, self.second[mine].view(-1), False)
-
-
-class AdamWUnit:
-    """One large tensor sliced over ranks (`is_sharded`), or tensors whose state every rank keeps whole."""
-
-    def __init__(
-        self,
-        group: dict[str, Any],
-        names: list[str],
-        params: list[torch.Tensor],
-        ranks: Ranks,
-        is_sharded: bool,
-    ):
-        self.group, self.names, self.params, self.ranks, self.is_sharded = (
-            group,
-            names,
-            params,
-            ranks,
-            is_sharded,
-        )
-        self.numel = sum(p.numel() for p in params)
-        size = ranks.size if is_sharded else 1
-        chunk = -(-self.numel // size)
-        rank = ranks.rank if is_sharded else 0
-        self.start, self.stop = min(rank * chunk, self.numel), min((rank + 1) * chunk, self.numel)
-        self.full = params[0].new_zeros(chunk * size) if ranks.size > 1 else None
-        self.exp_avgs = [torch.zeros_like(p) for p in self.targets()]
-        self.exp_avg_sqs = [torch.zeros_like(p) for p in self.targets()]
-        self.steps = [p.new_zeros(()) for p in params]
+    def __init__(self, group: dict[str, Any], named: Named, ranks: Ranks, count: int, is_sharded: bool):
+        self.group, self.ranks, self.is_sharded = group, ranks, is_sharded
+        self.names, self.params = [name for name, _ in named], [p for _, p in named]
+        self.numel = sum(p.numel() for p in self.params)
+        size, rank = (ranks.size, ranks.rank) if is_sharded else (1, 0)
+        chunk = -(-count // size)
+        self.owned = slice(min(rank * chunk, count), min((rank + 1) * chunk, count))
+        self.full: torch.Tensor | None = None
+        if ranks.size > 1:
+            self.full = self.params[0].new_zeros(chunk * size, self.numel // count)
+            self.slots = self.full.view(-1)[: self.numel].split([p.numel() for p in self.params])
+            self.padding = self.full.view(-1)[self.numel :]
+            targets = self.targets()
+            parts = self.full[self.owned].view(-1).split([t.numel() for t in targets])
+            self.mine = [part.view_as(t) for part, t in zip(parts, targets)]
         self.grads: list[torch.Tensor] = []
         self.work: Any = None
 
     def targets(self) -> list[torch.Tensor]:
-        """The flat pieces of the parameters that this rank updates."""
-        flat = [p.detach().view(-1) for p in self.params]
-        return [flat[0][self.start : self.stop]] if self.is_sharded else flat
+        """The pieces of the parameters that this rank updates."""
+        raise NotImplementedError
 
     def reduce(self) -> None:
-        grads = [gradient(p).reshape(-1) for p in self.params]
+        # No gradient means zeros: a parameter unused on one rank must still take part in the collective.
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
         if self.full is None:
-            self.grads = grads
+            self.grads = [g.reshape(t.shape) for g, t in zip(grads, self.targets())]
             return
-        self.full[self.numel :].zero_()
-        torch._foreach_copy_(list(self.full[: self.numel].split([g.numel() for g in grads])), grads)
+        self.padding.zero_()
+        torch._foreach_copy_(self.slots, [g.reshape(-1) for g in grads])
         self.work = (
             self.ranks.reduce_scatter(self.full) if self.is_sharded else self.ranks.all_reduce(self.full)
         )
@@ -171,36 +109,79 @@ class AdamWUnit:
         """Wait; the gradients of `targets()`, summed over ranks."""
         if self.full is not None:
             self.work.wait()
-            self.grads = list(self.full[self.start : self.stop].split([p.numel() for p in self.targets()]))
+            self.grads = self.mine
         return self.grads
 
-    def update(self) -> None:
-        targets = self.targets()
-        options = {key: self.group[key] for key in ("lr", *adamw.DEFAULTS)}
-        adamw.adamw_(targets, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps, **options)
+    def gather(self) -> None:
         self.grads = []
         if self.full is not None and self.is_sharded:
-            self.full[self.start : self.stop].copy_(targets[0])
+            torch._foreach_copy_(self.mine, self.targets())
             self.work = self.ranks.all_gather(self.full)
 
     def finish(self) -> None:
         if self.full is not None and self.is_sharded:
             self.work.wait()
-            self.params[0].detach().view(-1).copy_(self.full[: self.numel])
+            torch._foreach_copy_([p.detach().view(-1) for p in self.params], self.slots)
+
+
+class MuonUnit(Unit):
+    """All matrices of one shape: an item is a matrix."""
+
+    def __init__(self, group: dict[str, Any], named: Named, ranks: Ranks):
+        super().__init__(group, named, ranks, count=len(named), is_sharded=True)
+        num_owned, (rows, cols) = len(self.targets()), self.params[0].shape
+        self.momentum_nRC = self.params[0].new_zeros(num_owned, rows, cols)
+        self.second_nL = self.params[0].new_zeros(num_owned, max(rows, cols))
+
+    def targets(self) -> list[torch.Tensor]:
+        return [p.detach() for p in self.params[self.owned]]
+
+    def update(self) -> None:
+        if self.grads:
+            options = {key: self.group[key] for key in ("lr", *muon.DEFAULTS)}
+            muon.muon_(self.targets(), self.grads, self.momentum_nRC, self.second_nL, **options)
 
     def slices(self) -> Iterator[Slice]:
-        whole = not self.is_sharded
-        for name, p, m, v, step in zip(
-            self.names, self.params, self.exp_avgs, self.exp_avg_sqs, self.steps, strict=True
-        ):
-            yield Slice("adamw.exp_avg", name, self.start, tuple(p.shape), m, whole)
-            yield Slice("adamw.exp_avg_sq", name, self.start, tuple(p.shape), v, whole)
-            yield Slice("adamw.step", name, 0, (1,), step.view(1), True)
+        """Every matrix, empty where another rank owns it."""
+        for i, name in enumerate(self.names, start=-self.owned.start):
+            for moment, stack in (("momentum", self.momentum_nRC), ("second", self.second_nL)):
+                item = stack[i] if 0 <= i < len(stack) else stack[:0]
+                yield Slice(f"muon.{moment}|{name}", 0, tuple(stack.shape[1:]), item.view(-1), False)
 
 
-def gradient(p: torch.Tensor) -> torch.Tensor:
-    """p.grad, or zeros: a parameter unused on one rank must still take part in the collective."""
-    return torch.zeros_like(p) if p.grad is None else p.grad
+class AdamWUnit(Unit):
+    """One large tensor sharded, or tensors that every rank updates whole: an item is an element."""
+
+    def __init__(self, group: dict[str, Any], named: Named, ranks: Ranks, is_sharded: bool):
+        super().__init__(group, named, ranks, sum(p.numel() for _, p in named), is_sharded)
+        self.exp_avgs, self.exp_avg_sqs = ([torch.zeros_like(t) for t in self.targets()] for _ in range(2))
+        self.steps = [p.new_zeros(()) for p in self.params]
+
+    def targets(self) -> list[torch.Tensor]:
+        flat = [p.detach().view(-1) for p in self.params]
+        return [flat[0][self.owned]] if self.is_sharded else flat
+
+    def update(self) -> None:
+        options = {key: self.group[key] for key in ("lr", *adamw.DEFAULTS)}
+        adamw.adamw_(self.targets(), self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps, **options)
+
+    def slices(self) -> Iterator[Slice]:
+        offset, is_replica = self.owned.start, not self.is_sharded
+        for name, p, m, v, step in zip(self.names, self.params, self.exp_avgs, self.exp_avg_sqs, self.steps):
+            yield Slice(f"adamw.exp_avg|{name}", offset, tuple(p.shape), m, is_replica)
+            yield Slice(f"adamw.exp_avg_sq|{name}", offset, tuple(p.shape), v, is_replica)
+            yield Slice(f"adamw.step|{name}", 0, (1,), step.view(1), True)
+
+
+def units_of(group: dict[str, Any], ranks: Ranks) -> list[MuonUnit | AdamWUnit]:
+    named = list(zip(group["param_names"], group["params"]))
+    if group["kind"] == "muon":
+        shapes = dict.fromkeys(p.shape for _, p in named)
+        return [MuonUnit(group, [(n, p) for n, p in named if p.shape == shape], ranks) for shape in shapes]
+    whole = [(n, p) for n, p in named if ranks.size == 1 or p.numel() < REPLICATED_BELOW]
+    names = {n for n, _ in whole}
+    units = [AdamWUnit(group, [(n, p)], ranks, is_sharded=True) for n, p in named if n not in names]
+    return [*units, AdamWUnit(group, whole, ranks, is_sharded=False)] if whole else [*units]
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -217,7 +198,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"parameter names must be unique, found more than once: {', '.join(twice)}")
         self.ranks = Ranks(self.param_groups[0]["params"][0].device)
-        units = [unit for group in self.param_groups for unit in build_units(group, self.ranks)]
+        units = [unit for group in self.param_groups for unit in units_of(group, self.ranks)]
         self.units = sorted(
             units, key=lambda unit: -unit.numel
         )  # largest first: longest transfers start first
@@ -254,6 +235,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self.is_reduced = False
         for unit in self.units:
             unit.update()
+            unit.gather()
         for unit in self.units:
             unit.finish()
 
@@ -274,41 +256,42 @@ class MuonAdamW(torch.optim.Optimizer):
             if s.tensor.numel() == 0 or (s.is_replica and self.ranks.rank > 0):
                 continue
             array = s.tensor.cpu().numpy().copy()
-            if array.size == np.prod(s.shape):
-                arrays[f"{s.moment}|{s.name}"] = array.reshape(s.shape)
+            if array.size == math.prod(s.shape):
+                arrays[s.key] = array.reshape(s.shape)
             else:
-                arrays[f"{s.moment}|{s.name}|{s.offset}|{'x'.join(map(str, s.shape))}"] = array
+                arrays[f"{s.key}|{s.offset}|{'x'.join(map(str, s.shape))}"] = array
         return arrays
 
     @torch.no_grad()
     def load_state_arrays(self, arrays: dict[str, np.ndarray]) -> None:
-        """Take the state_arrays of all ranks of any world size, merged. ValueError names what does not fit;
-        nothing is loaded then."""
-        pieces: dict[str, list[tuple[int, tuple[int, ...], np.ndarray]]] = {}
-        for key, array in arrays.items():
-            moment, name, *where = key.split("|")
-            offset, shape = (int(where[0]), shape_of(where[1])) if where else (0, array.shape)
-            pieces.setdefault(f"{moment}|{name}", []).append((offset, shape, array))
+        """Take the state_arrays of all ranks of any world size, merged.
+
+        ValueError names what is missing, unexpected or of another shape; nothing is loaded then.
+        """
         slices = [s for unit in self.units for s in unit.slices()]
-        wanted = {f"{s.moment}|{s.name}": s.shape for s in slices}
-        problems = [f"missing {key}" for key in wanted if key not in pieces]
-        problems += [f"unexpected {key}" for key in pieces if key not in wanted]
-        for key in wanted.keys() & pieces.keys():
-            parts = sorted(pieces[key], key=lambda part: part[0])
-            end = 0
-            for offset, shape, array in parts:
-                if shape != wanted[key]:
-                    problems.append(f"{key} has shape {shape}, the parameter needs {wanted[key]}")
-                if offset != end:
-                    problems.append(f"{key} has {array.size} elements at {offset}, expected a slice at {end}")
-                end = offset + array.size
-            if end != np.prod(wanted[key]):
-                problems.append(f"{key} covers {end} of {np.prod(wanted[key])} elements")
+        shapes = {s.key: s.shape for s in slices}
+        found: dict[str, list[tuple[int, np.ndarray]]] = {key: [] for key in shapes}
+        problems = []
+        for name, array in arrays.items():
+            key, offset, shape = parse(name, array)
+            if key not in found:
+                problems.append(f"{key} is unexpected")
+            elif shape != shapes[key]:
+                problems.append(f"{key} has shape {shape}, the model needs {shapes[key]}")
+            else:
+                found[key].append((offset, array.reshape(-1)))
+        for key, pieces in found.items():
+            pieces.sort(key=lambda piece: piece[0])
+            ends = [0, *(offset + piece.size for offset, piece in pieces)]
+            if [offset for offset, _ in pieces] != ends[:-1] or ends[-1] != math.prod(shapes[key]):
+                at = ", ".join(f"{offset}-{offset + piece.size}" for offset, piece in pieces) or "nothing"
+                problems.append(f"{key} needs elements 0-{math.prod(shapes[key])} once each, found {at}")
         if problems:
-            raise ValueError(f"optimizer state does not fit the model: {'; '.join(sorted(problems))}")
+            raise ValueError(
+                f"optimizer state must match the model's parameters: {'; '.join(sorted(problems))}"
+            )
         for s in slices:
-            parts = sorted(pieces[f"{s.moment}|{s.name}"], key=lambda part: part[0])
-            whole = np.concatenate([array.reshape(-1) for _, _, array in parts])
+            whole = np.concatenate([piece for _, piece in found[s.key]])
             s.tensor.copy_(torch.from_numpy(whole[s.offset : s.offset + s.tensor.numel()]))
 
     def state_dict(self) -> dict[str, Any]:
@@ -356,22 +339,9 @@ def prepared(group: dict[str, Any], index: int) -> dict[str, Any]:
     return group
 
 
-def build_units(group: dict[str, Any], ranks: Ranks) -> list[MuonStack | AdamWUnit]:
-    named = list(zip(group["param_names"], group["params"], strict=True))
-    buckets: dict[Any, list[tuple[str, torch.Tensor]]] = {}
-    for name, p in named:
-        is_whole = ranks.size == 1 or p.numel() < REPLICATED_BELOW
-        key = p.shape if group["kind"] == "muon" else "whole" if is_whole else name
-        buckets.setdefault(key, []).append((name, p))
-    units: list[MuonStack | AdamWUnit] = []
-    for key, pairs in buckets.items():
-        names, params = [name for name, _ in pairs], [p for _, p in pairs]
-        if group["kind"] == "muon":
-            units.append(MuonStack(group, names, params, ranks))
-        else:
-            units.append(AdamWUnit(group, names, params, ranks, is_sharded=key != "whole"))
-    return units
-
-
-def shape_of(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split("x") if part)
+def parse(name: str, array: np.ndarray) -> tuple[str, int, tuple[int, ...]]:
+    """(key, offset, full shape) of an entry of state_arrays."""
+    moment, parameter, *where = name.split("|")
+    if not where:
+        return name, 0, array.shape
+    return f"{moment}|{parameter}", int(where[0]), tuple(int(size) for size in where[1].split("x"))
