@@ -139,12 +139,12 @@ def _together(meet: Gather, step: int, act: Callable[[], Value]) -> list[Value]:
         failure = error
     outcomes = meet((value, failure))
     failures = [(rank, error) for rank, (_, error) in enumerate(outcomes) if error is not None]
-    for _, error in failures:
-        if not isinstance(error, OSError):
-            raise error
-    for rank, error in failures:
+    for _, problem in failures:
+        if not isinstance(problem, OSError):
+            raise problem
+    for rank, problem in failures:
         where = f" on rank {rank}" if len(outcomes) > 1 else ""
-        raise SaveFailed(f"step {step} was not saved{where}: {error}") from failure
+        raise SaveFailed(f"step {step} was not saved{where}: {problem}") from failure
     return [value for value, _ in outcomes]
 
 
