@@ -1,0 +1,97 @@
+"""Words and their letters: which words may be shown in training, spelling, counting letters with the tool.
+
+Half of the words that training counts letters in are invented, so that what is learned is to copy any word.
+The words of the list "new" belong to the held-out sets alone.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from nanochat.data.synthetic.grammar import grammar
+from nanochat.data.synthetic.rng import Rng
+
+STARTS = "b c d f g h k l m n p r s t v w z br ch cl dr fl gr pl sh sl st th tr qu".split()
+VOWELS = "a a e e i i o o u ai ea ee oo ou y".split()
+ENDS = ["", "", "", *"n r s l t m d ck ll ng nt rt ss st x p tt mm bble tion ry ther ing er".split()]
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+
+
+@lru_cache(maxsize=None)
+def training_words() -> tuple[str, ...]:
+    """Real words whose letters training shows, sorted."""
+    lists = grammar("words.txt").lists
+    words = {w.lower() for name, lines in lists.items() if name != "new" for line in lines for w in line.split()}
+    return tuple(sorted(words - set(held_out_words())))
+
+
+@lru_cache(maxsize=None)
+def held_out_words() -> tuple[str, ...]:
+    """Words that training never shows, in the order of the file."""
+    return tuple(w for line in grammar("words.txt").lists["new"] for w in line.split())
+
+
+def kind_words(kind: str) -> list[str]:
+    return grammar("words.txt").lists[f"kind.{kind}"][0].split()
+
+
+@lru_cache(maxsize=None)
+def kinds() -> tuple[str, ...]:
+    """Names of the word kinds: animal, fruit, colour ..."""
+    return tuple(name[5:] for name in grammar("words.txt").lists if name.startswith("kind."))
+
+
+def invented(rng: Rng) -> str:
+    """A word that does not exist, of two to four syllables."""
+    while True:
+        word = "".join(rng.pick(STARTS) + rng.pick(VOWELS) for _ in range(rng.pick((2, 2, 3, 3, 4)))) + rng.pick(ENDS)
+        if word not in held_out_words():
+            return word
+
+
+def any_word(rng: Rng) -> str:
+    return rng.pick(training_words()) if rng.chance(50) else invented(rng)
+
+
+def draw_letter(rng: Rng, word: str) -> str:
+    """Most often a letter of the word, and often one that it has several times."""
+    repeated = [c for c in ALPHABET if word.count(c) > 1]
+    if repeated and rng.chance(40):
+        return rng.pick(repeated)
+    return rng.pick(word) if rng.chance(85) else rng.pick(ALPHABET)
+
+
+def expression(word: str, letter: str) -> str:
+    """The tool call. The brackets make the tokenizer split the quoted word as it does in the question."""
+    return f"('{word}').count('{letter}')"
+
+
+def counted(letter: str, count: int) -> str:
+    return f"The letter {letter} appears {count} time{'' if count == 1 else 's'}."
+
+
+def count_question(rng: Rng, word: str, letter: str, *, held_out: bool = False) -> str:
+    g = grammar("numbers.txt")
+    return g.fill(rng.pick(g.lists["new.letters" if held_out else "letters"]), rng, {"w": word, "l": letter})
+
+
+def spelled(word: str) -> str:
+    return "-".join(word)
+
+
+def document(rng: Rng) -> str:
+    """Some words with their letters."""
+    lines = []
+    for _ in range(rng.between(3, 6)):
+        word = any_word(rng)
+        letter = draw_letter(rng, word)
+        ways = (
+            f"The word '{word}' is spelled {spelled(word)}. It has {len(word)} letters.",
+            f"{spelled(word)}: these are the letters of '{word}'.",
+            f"The word '{word}' begins with the letter '{word[0]}' and ends with the letter '{word[-1]}'.",
+            f"How many '{letter}' are in '{word}'? {expression(word, letter)} = {word.count(letter)}. "
+            + counted(letter, word.count(letter)),
+            f"{count_question(rng, word, letter)} {expression(word, letter)} = {word.count(letter)}",
+        )
+        lines.append(rng.pick(ways))
+    return "\n".join(lines)
