@@ -1,0 +1,310 @@
+"""RustBPETokenizer: byte-level BPE plus special tokens, saved as JSON.
+
+`rustbpe` trains and encodes. With the package of that name from PyPI, which cannot be built from ranks,
+tiktoken encodes; the ids are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from nanochat import chat
+from nanochat.chat import SPECIAL_TOKENS
+from nanochat.errors import UserError
+from nanochat.paths import read_json, write_json
+
+# GPT-4's pattern, except that numbers are cut into two digits instead of three: better at small vocabularies.
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+FILE_NAME = "tokenizer.json"
+FORMAT = 1
+END_OF_TEXT = "<|endoftext|>"  # begins documents in vocabularies that have no <|bos|>
+
+Ranks = list[tuple[bytes, int]]
+
+
+class RustBPETokenizer:
+    """Text to ids and back. Ordinary text never becomes a special id, whatever it spells."""
+
+    def __init__(self, ranks: Ranks, pattern: str, specials: dict[str, int]) -> None:
+        taken = {rank for _, rank in ranks}
+        if len(set(specials.values()) - taken) != len(specials):
+            raise ValueError(f"special ids must differ from each other and from the ranks, found {specials}")
+        self._ranks, self._pattern, self._specials = (
+            sorted(ranks, key=lambda pair: pair[1]),
+            pattern,
+            dict(specials),
+        )
+        self._special_names = {index: name for name, index in specials.items()}
+        self._token_bytes = {rank: token for token, rank in ranks}
+        self._vocab_size = max([*taken, *specials.values()]) + 1
+        self._core = _core(self._ranks, pattern)
+
+    # Where tokenizers come from, and where they go.
+
+    @classmethod
+    def train_from_iterator(
+        cls, texts: Iterable[str], vocab_size: int, pattern: str = SPLIT_PATTERN
+    ) -> RustBPETokenizer:
+        """Train on `texts`; the special tokens count in `vocab_size`. A small text may yield fewer tokens."""
+        smallest = 256 + len(SPECIAL_TOKENS)
+        if vocab_size < smallest:
+            raise ValueError(f"vocab_size must be at least {smallest}, found {vocab_size}")
+        core = _rustbpe().Tokenizer()
+        core.train_from_iterator(map(_well_formed, texts), vocab_size - len(SPECIAL_TOKENS), pattern=pattern)
+        ranks = [(bytes(token), rank) for token, rank in core.get_mergeable_ranks()]
+        return cls(ranks, pattern, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
+
+    @classmethod
+    def from_directory(cls, directory: Path | str) -> RustBPETokenizer:
+        """Load what `save` wrote. Raises UserError when it is missing or damaged."""
+        path = Path(directory) / FILE_NAME
+        if not path.exists():
+            raise UserError(f"there is no tokenizer at {path}", "run python -m scripts.tok_train")
+        saved = read_json(path)
+        try:
+            if saved["format"] != FORMAT:
+                raise ValueError(f"format {saved['format']} instead of {FORMAT}")
+            ranks = [(text.encode("latin-1"), i) for i, text in enumerate(saved["ranks"]) if text is not None]
+            return cls(ranks, saved["pattern"], saved["specials"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path} is damaged: {error}", "run python -m scripts.tok_train again") from error
+
+    @classmethod
+    def from_pretrained(cls, name: str, timeout_seconds: float = 60) -> RustBPETokenizer:
+        """One of tiktoken's vocabularies ("gpt2", "cl100k_base", ...) with its own special tokens.
+
+        Raises UserError for an unknown name, or when it is not cached and cannot be fetched in time.
+        """
+        import tiktoken
+
+        if name not in tiktoken.list_encoding_names():
+            known = ", ".join(tiktoken.list_encoding_names())
+            raise UserError(f"tiktoken has no vocabulary {name!r}", f"choose one of: {known}")
+        done: list[Any] = []
+
+        def fetch() -> None:
+            try:
+                done.append(tiktoken.get_encoding(name))
+            except Exception as error:  # whatever the network does; told to the person below
+                done.append(error)
+
+        # tiktoken sets no time limit of its own, so it fetches in a thread that may be left behind.
+        thread = threading.Thread(target=fetch, daemon=True)
+        thread.start()
+        thread.join(timeout_seconds)
+        found = done[0] if done else TimeoutError(f"no answer in {timeout_seconds:g} s")
+        if isinstance(found, Exception):
+            raise UserError(
+                f"the vocabulary {name!r} is not cached and cannot be fetched: {type(found).__name__}",
+                "connect to the internet, or set TIKTOKEN_CACHE_DIR to a folder that has it",
+            ) from found
+        return cls(list(found._mergeable_ranks.items()), found._pat_str, found._special_tokens)
+
+    def save(self, directory: Path | str) -> Path:
+        """Write tokenizer.json into `directory`, atomically; returns its path."""
+        path = Path(directory) / FILE_NAME
+        write_json(path, self._as_json())
+        return path
+
+    def _as_json(self) -> dict[str, Any]:
+        ranks: list[str | None] = [None] * (self._ranks[-1][1] + 1)
+        for token, rank in self._ranks:
+            ranks[rank] = token.decode("latin-1")  # one character a byte
+        return {"format": FORMAT, "pattern": self._pattern, "specials": self._specials, "ranks": ranks}
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of all that decides about ids: ranks, pattern, special tokens."""
+        return hashlib.sha256(json.dumps(self._as_json(), sort_keys=True).encode()).hexdigest()
+
+    # The vocabulary.
+
+    def get_vocab_size(self) -> int:
+        """The number of ids, special tokens included."""
+        return self._vocab_size
+
+    def get_special_tokens(self) -> list[str]:
+        """The names of the special tokens in the order of their ids."""
+        return sorted(self._specials, key=lambda name: self._specials[name])
+
+    def get_mergeable_ranks(self) -> Ranks:
+        """(bytes, id) of every token that is not special, in the order of ids."""
+        return list(self._ranks)
+
+    def get_pattern(self) -> str:
+        return self._pattern
+
+    def encode_special(self, name: str) -> int:
+        """The id of a special token, by its name."""
+        if name not in self._specials:
+            raise ValueError(f"the special tokens are {self.get_special_tokens()}, found {name!r}")
+        return self._specials[name]
+
+    def get_bos_token_id(self) -> int:
+        """The id that begins every document."""
+        return self.encode_special(chat.BOS if chat.BOS in self._specials else END_OF_TEXT)
+
+    def id_to_token(self, index: int) -> str:
+        """A token as text; bytes that are no whole character become U+FFFD."""
+        return self.decode_bytes([index]).decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> np.ndarray:
+        """(V,) int32: the number of bytes of each token, 0 for special ones."""
+        lengths = np.zeros(self._vocab_size, dtype=np.int32)
+        for token, rank in self._ranks:
+            lengths[rank] = len(token)
+        return lengths
+
+    # Text to ids.
+
+    @overload
+    def encode(
+        self,
+        text: str,
+        prepend: str | int | None = None,
+        append: str | int | None = None,
+        num_threads: int = 8,
+    ) -> list[int]: ...
+
+    @overload
+    def encode(
+        self,
+        text: list[str],
+        prepend: str | int | None = None,
+        append: str | int | None = None,
+        num_threads: int = 8,
+    ) -> list[list[int]]: ...
+
+    def encode(
+        self,
+        text: str | list[str],
+        prepend: str | int | None = None,
+        append: str | int | None = None,
+        num_threads: int = 8,
+    ) -> list[int] | list[list[int]]:
+        """The ids of a text, or of each text of a list (in parallel).
+
+        `prepend` and `append` are special tokens, by name or id. Lone surrogates are encoded as U+FFFD.
+        """
+        before, after = self._special(prepend), self._special(append)
+        if isinstance(text, str):
+            return before + self._core.encode(_well_formed(text)) + after
+        if not isinstance(text, list) or not all(isinstance(one, str) for one in text):
+            raise TypeError(f"text must be a str or a list of str, found {type(text).__name__}")
+        batch = self._core.batch_encode([_well_formed(one) for one in text], num_threads)
+        return [before + ids + after for ids in batch] if before or after else batch
+
+    __call__ = encode
+
+    def encode_arrays(
+        self, texts: list[str], prepend: str | int | None = None, num_threads: int = 8
+    ) -> list[np.ndarray]:
+        """The ids of each text as an int32 array, for the data loader."""
+        before = self._special(prepend)
+        flat, lengths = self._core.batch_encode_buffer([_well_formed(one) for one in texts], num_threads)
+        pieces = np.split(np.frombuffer(flat, dtype=np.int32), np.cumsum(lengths)[:-1]) if lengths else []
+        return (
+            [np.concatenate([np.array(before, dtype=np.int32), piece]) for piece in pieces]
+            if before
+            else pieces
+        )
+
+    def _special(self, token: str | int | None) -> list[int]:
+        if token is None:
+            return []
+        return [token if isinstance(token, int) else self.encode_special(token)]
+
+    # Ids to text.
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The bytes of ids; a special token gives the bytes of its name."""
+        try:
+            return b"".join(self._bytes_of(int(index)) for index in ids)
+        except KeyError as error:
+            raise ValueError(f"ids must be tokens below {self._vocab_size}, found {error}") from None
+
+    def _bytes_of(self, index: int) -> bytes:
+        token = self._token_bytes.get(index)
+        return self._special_names[index].encode() if token is None else token
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    # Conversations.
+
+    def render_conversation(
+        self, conversation: chat.Conversation, max_tokens: int | None = 2048
+    ) -> tuple[list[int], list[int]]:
+        """(ids, mask): see nanochat.chat."""
+        return chat.render(conversation, self, max_tokens)
+
+    def render_for_completion(self, conversation: chat.Conversation) -> list[int]:
+        """The ids to continue with an answer: see nanochat.chat."""
+        return chat.render_for_completion(conversation, self)
+
+    def visualize_tokenization(
+        self, ids: Sequence[int], mask: Sequence[int] | None = None, with_ids: bool = False
+    ) -> str:
+        """The tokens in colour for a terminal: green where the mask is 1, red where it is 0."""
+        pieces = []
+        for index, bit in zip(ids, mask if mask is not None else [1] * len(ids), strict=True):
+            text = self.id_to_token(index).replace("\n", "\\n") + (f" ({index})" if with_ids else "")
+            pieces.append(f"\x1b[{32 if bit else 31}m{text}\x1b[0m")
+        return "|".join(pieces)
+
+
+def _well_formed(text: str) -> str:
+    """`text` without lone surrogates, which UTF-8 cannot hold: pairs are joined, others become U+FFFD."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _rustbpe() -> Any:
+    import rustbpe
+
+    if not hasattr(rustbpe, "Tokenizer"):  # the source folder of the crate, seen from the repository root
+        raise UserError(
+            "the package rustbpe is not installed", "run pip install ./rustbpe, or pip install rustbpe"
+        )
+    return rustbpe
+
+
+def _core(ranks: Ranks, pattern: str) -> Any:
+    """What encodes: our rustbpe if it is installed, else tiktoken."""
+    rust = _rustbpe().Tokenizer
+    return rust.from_ranks(ranks, pattern) if hasattr(rust, "from_ranks") else _TiktokenCore(ranks, pattern)
+
+
+class _TiktokenCore:
+    """tiktoken under the names of our rustbpe."""
+
+    def __init__(self, ranks: Ranks, pattern: str) -> None:
+        import tiktoken
+
+        self._encoding = tiktoken.Encoding(
+            "ranks", pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens={}
+        )
+
+    def encode(self, text: str) -> list[int]:
+        return self._encoding.encode_ordinary(text)
+
+    def batch_encode(self, texts: list[str], num_threads: int) -> list[list[int]]:
+        return self._encoding.encode_ordinary_batch(texts, num_threads=num_threads)
+
+    def batch_encode_buffer(self, texts: list[str], num_threads: int) -> tuple[bytearray, list[int]]:
+        batch = self.batch_encode(texts, num_threads)
+        flat = np.fromiter((i for ids in batch for i in ids), dtype=np.int32)
+        return bytearray(flat.tobytes()), [len(ids) for ids in batch]

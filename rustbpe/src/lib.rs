@@ -1,0 +1,38 @@
+//! Byte-level byte-pair encoding (BPE): training, encoding and decoding.
+//!
+//! The core knows no Python; [`Bpe`] is its face, and `python.rs` is the only border.
+//!
+//! ```
+//! use rustbpe::{Bpe, Trainer, GPT4_PATTERN};
+//!
+//! let mut trainer = Trainer::new(GPT4_PATTERN, 1)?;
+//! trainer.add(&["low lower lowest", "new newer newest"])?;
+//! let bpe = trainer.finish(300, &mut || Ok(()))?;
+//! let ids = bpe.encode("lowest")?;
+//! assert_eq!(bpe.decode(&ids)?, b"lowest");
+//! # Ok::<(), rustbpe::Error>(())
+//! ```
+//!
+//! Order of files: `split` cuts text into pieces, `count` counts distinct pieces, `merge` learns merges from
+//! the counts, `vocab` turns pieces into ids, `bpe` puts them together, `parallel` shares work over threads.
+
+mod bpe;
+mod count;
+mod error;
+mod merge;
+mod parallel;
+#[cfg(feature = "python")]
+mod python;
+mod split;
+mod vocab;
+
+pub use bpe::{Bpe, Trainer};
+pub use count::Counter;
+pub use error::Error;
+pub use merge::{learn, Pair};
+pub use parallel::available_threads;
+pub use split::{Splitter, GPT4_PATTERN};
+pub use vocab::{Cache, Vocab};
+
+/// The id of a token. The 256 single bytes and one token per merge.
+pub type Id = u32;

@@ -1,0 +1,1 @@
+"""The stages, one script each: python -m scripts.NAME."""
