@@ -73,7 +73,9 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read settings from {path}: {error}", "give a settings.json that a run has written") from error
+        raise UserError(
+            f"cannot read settings from {path}: {error}", "give a settings.json that a run has written"
+        ) from error
 
 
 def _convert(kind: Any, text: str, flag: str) -> Any:
@@ -84,7 +86,9 @@ def _convert(kind: Any, text: str, flag: str) -> Any:
             return None
     try:
         if options[0] is bool:
-            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
+                text.lower()
+            ]
         if options[0] is int and "e" in text.lower() and float(text).is_integer():
             return int(float(text))
         return options[0](text)
@@ -109,7 +113,9 @@ def from_dict(cls: type[S], values: dict[str, Any]) -> S:
     names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - names)
     if unknown:
-        raise UserError(f"these settings do not exist here: {', '.join(unknown)}", "use the settings of the same script")
+        raise UserError(
+            f"these settings do not exist here: {', '.join(unknown)}", "use the settings of the same script"
+        )
     return cls(**values)
 
 
@@ -117,7 +123,9 @@ def describe(settings: Any) -> str:
     """A two-column table of every setting."""
     rows = to_dict(settings)
     width = max(map(len, rows))
-    return "\n".join(f"  {name.ljust(width)}  {'-' if value is None else value}" for name, value in rows.items())
+    return "\n".join(
+        f"  {name.ljust(width)}  {'-' if value is None else value}" for name, value in rows.items()
+    )
 
 
 def help_text(cls: type[Any], presets: dict[str, Any], doc: str | None) -> str:

@@ -15,16 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanochat.cross_entropy import CHUNK_LOGITS, softcap, weighted_nll
 from nanochat.flash_attention import flash_attn
 
 ROPE_BASE = 100_000.0
-SOFTCAP = 15.0
 QK_SCALE = 1.2
 NORM_EPS = 2.0**-23
 SMEAR_CHANNELS = 24
 VE_GATE_CHANNELS = 12
 VOCAB_MULTIPLE = 64
-CHUNK_LOGITS = 1 << 22  # logits held at once by the loss: 16 MB in fp32
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
@@ -46,7 +45,9 @@ class GPTConfig:
         if smallest < 1:
             raise ValueError(f"every size of a model must be at least 1, found {asdict(self)}")
         if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2 or self.n_embd < SMEAR_CHANNELS:
-            raise ValueError(f"n_embd must be an even multiple of n_head and at least {SMEAR_CHANNELS}, found {self.n_embd} and {self.n_head}")
+            raise ValueError(
+                f"n_embd must be an even multiple of n_head and at least {SMEAR_CHANNELS}, found {self.n_embd} and {self.n_head}"
+            )
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head must divide n_head, found {self.n_kv_head} and {self.n_head}")
         if not self.window_pattern or set(self.window_pattern.upper()) - set("SL"):
@@ -74,7 +75,9 @@ def norm(x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
 
 
-def rope_tables(positions: torch.Tensor, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_tables(
+    positions: torch.Tensor, head_dim: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin, (..., 1, E/2), of positions (...): angles in fp32, tables in `dtype` (RoFormer, arXiv 2104.09864)."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions.float().unsqueeze(-1) / ROPE_BASE**exponents
@@ -112,10 +115,17 @@ class Attention(nn.Module):
         self.c_k = Linear(config.n_embd, kv_dim)
         self.c_v = Linear(config.n_embd, kv_dim)
         self.c_proj = Linear(config.n_embd, config.n_embd)
-        self.ve_gate = Linear(VE_GATE_CHANNELS, self.num_kv_heads) if config.has_value_embedding(layer) else None
+        self.ve_gate = (
+            Linear(VE_GATE_CHANNELS, self.num_kv_heads) if config.has_value_embedding(layer) else None
+        )
 
     def forward(
-        self, x_BTD: torch.Tensor, ve_BTC: torch.Tensor | None, rope: tuple[torch.Tensor, torch.Tensor], attend: Attend, window: int
+        self,
+        x_BTD: torch.Tensor,
+        ve_BTC: torch.Tensor | None,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        attend: Attend,
+        window: int,
     ) -> torch.Tensor:
         B, T, D = x_BTD.shape
         q_BTHE = self.c_q(x_BTD).view(B, T, self.num_heads, self.head_dim)
@@ -165,7 +175,9 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(
             {"wte": nn.Embedding(V, D), "h": nn.ModuleList([Block(config, i) for i in range(L)])}
         )
-        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(V, kv_dim) for i in range(L) if config.has_value_embedding(i)})
+        self.value_embeds = nn.ModuleDict(
+            {str(i): nn.Embedding(V, kv_dim) for i in range(L) if config.has_value_embedding(i)}
+        )
         self.lm_head = Linear(D, V)
         self.resid_lambdas = nn.Parameter(torch.empty(L))
         self.x0_lambdas = nn.Parameter(torch.empty(L))
@@ -240,7 +252,9 @@ class GPT(nn.Module):
         if prev_ids_BT is None:
             if is_first_BT is not None:
                 gate_BT1 = gate_BT1.masked_fill(is_first_BT.unsqueeze(-1), 0)
-            x_BTD = torch.cat((h_BTD[:, :1], torch.addcmul(h_BTD[:, 1:], gate_BT1[:, 1:], h_BTD[:, :-1])), dim=1)
+            x_BTD = torch.cat(
+                (h_BTD[:, :1], torch.addcmul(h_BTD[:, 1:], gate_BT1[:, 1:], h_BTD[:, :-1])), dim=1
+            )
         else:
             before_BTD = norm(F.embedding(prev_ids_BT.clamp(min=0), self.wte.weight).to(dtype))
             gate_BT1 = gate_BT1.masked_fill((prev_ids_BT < 0).unsqueeze(-1), 0)
@@ -272,16 +286,14 @@ class GPT(nn.Module):
             ]
         )
 
-    def weighted_nll(self, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def weighted_nll(
+        self, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
         """sum(weights * nll) over the targets that are not -1 (fp32 scalar); the gradient comes with the value.
 
         hidden (..., D); targets, weights (...): the whole logits never exist at once, only CHUNK_LOGITS of them.
         """
-        flat, targets_N, weights_N = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), weights.reshape(-1).float()
-        if flat.device.type == "cpu" and bool((targets_N < 0).any()):  # selecting rows is free here; on a GPU it would synchronise
-            keep = (targets_N >= 0).nonzero().squeeze(1)
-            flat, targets_N, weights_N = flat[keep], targets_N[keep], weights_N[keep]
-        return WeightedNLL.apply(flat, self.lm_head.weight, targets_N, weights_N, self.config.vocab_size)  # type: ignore[no-any-return]
+        return weighted_nll(hidden, self.lm_head.weight, targets, weights, self.config.vocab_size)
 
     # ------------------------------------------------------------------ the public forward
 
@@ -316,12 +328,18 @@ class GPT(nn.Module):
         """The trunk over whole rows (training, scoring): hidden states (B, T, D)."""
         T = ids_BT.shape[1]
         if T > self.config.sequence_len:
-            raise ValueError(f"a row may hold {self.config.sequence_len} tokens, found {T}; cut it or raise sequence_len")
+            raise ValueError(
+                f"a row may hold {self.config.sequence_len} tokens, found {T}; cut it or raise sequence_len"
+            )
         positions_T = torch.arange(T, device=ids_BT.device)
 
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+        def attend(
+            layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int
+        ) -> torch.Tensor:
             left = -1 if window >= T else window
-            return flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(left, 0), doc_start=doc_start_BT)
+            return flash_attn.flash_attn_func(
+                q, k, v, causal=True, window_size=(left, 0), doc_start=doc_start_BT
+            )
 
         is_first = None if doc_start_BT is None else doc_start_BT == positions_T
         return self.trunk(ids_BT, None, positions_T, attend, is_first)
@@ -331,7 +349,9 @@ class GPT(nn.Module):
         prev_BT = torch.cat((cache.prev_ids.unsqueeze(1), ids_BT[:, :-1]), dim=1)
         positions_BT = seqlens_B.unsqueeze(1) + torch.arange(T, device=ids_BT.device)
 
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+        def attend(
+            layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int
+        ) -> torch.Tensor:
             left = -1 if window >= self.config.sequence_len else window
             keys, values = cache.get_layer_cache(layer)
             return flash_attn.flash_attn_with_kvcache(
@@ -354,7 +374,9 @@ class GPT(nn.Module):
             "transformer_matrices": sum(p.numel() for p in self.blocks.parameters()),
         }
         counts["total"] = sum(p.numel() for p in self.parameters())
-        counts["scalars"] = counts["total"] - sum(counts[k] for k in ("wte", "value_embeds", "lm_head", "transformer_matrices"))
+        counts["scalars"] = counts["total"] - sum(
+            counts[k] for k in ("wte", "value_embeds", "lm_head", "transformer_matrices")
+        )
         counts["scaling"] = counts["transformer_matrices"] + counts["lm_head"]
         return counts
 
@@ -368,14 +390,21 @@ class GPT(nn.Module):
             keys += m - m * (m - 1) / (2 * T) if causal else min(window, T)
         return 6 * matrices + 12 * cfg.n_embd * keys
 
-    def setup_optimizer(self, *, batch_tokens: int = 2**19, weight_decay: float = 0.28, lr_scale: float = 1.0, **rates: float) -> Any:
+    def setup_optimizer(
+        self, *, batch_tokens: int = 2**19, weight_decay: float = 0.28, lr_scale: float = 1.0, **rates: float
+    ) -> Any:
         """MuonAdamW over all parameters by the rules of nanochat.optim.groups; `lr_scale` multiplies every rate."""
         from nanochat.optim import MuonAdamW
         from nanochat.optim.groups import param_groups
 
         ns_dtype = torch.bfloat16 if self.compute_dtype == torch.bfloat16 else torch.float32
         groups = param_groups(
-            self.named_parameters(), model_dim=self.config.n_embd, batch_tokens=batch_tokens, weight_decay=weight_decay, ns_dtype=ns_dtype, **rates
+            self.named_parameters(),
+            model_dim=self.config.n_embd,
+            batch_tokens=batch_tokens,
+            weight_decay=weight_decay,
+            ns_dtype=ns_dtype,
+            **rates,
         )
         for group in groups:
             group["lr"] *= lr_scale
@@ -384,7 +413,12 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def generate(
-        self, tokens: list[int], max_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 42
+        self,
+        tokens: list[int],
+        max_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int = 42,
     ) -> Iterator[int]:
         """Yield tokens one by one, recomputing the whole row each time: the obvious version the engine is tested against."""
         ids, rng = list(tokens), torch.Generator().manual_seed(seed)
@@ -400,48 +434,3 @@ class GPT(nn.Module):
                 choice = int(torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=rng))
             ids.append(choice)
             yield choice
-
-
-def softcap(logits: torch.Tensor) -> torch.Tensor:
-    """15 tanh(z / 15): logits stay within +-15 (Gemma 2, arXiv 2408.00118)."""
-    return SOFTCAP * torch.tanh(logits / SOFTCAP)
-
-
-class WeightedNLL(torch.autograd.Function):
-    """sum_n w_n * nll_n of softcapped logits, and its gradient, made together in chunks of tokens.
-
-    With c = softcap(h W^T): d nll / d logit = (softmax(c) - onehot) * (1 - (c/15)^2). fp32 arithmetic between
-    the two matrix products, which run in the dtype of h; the gradient of W is summed in fp32.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, weights_N: torch.Tensor, vocab: int) -> torch.Tensor:  # type: ignore[override]
-        w_VD = weight_VD[:vocab].to(hidden_ND.dtype)
-        wants = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        total = torch.zeros((), device=hidden_ND.device, dtype=torch.float32)
-        grad_h = torch.empty_like(hidden_ND) if wants else None
-        grad_w = torch.zeros_like(weight_VD, dtype=torch.float32) if wants else None
-        rows = max(1, CHUNK_LOGITS // vocab)
-        for i in range(0, hidden_ND.shape[0], rows):
-            h, t = hidden_ND[i : i + rows], targets_N[i : i + rows]
-            w = weights_N[i : i + rows].masked_fill(t < 0, 0.0)
-            t = t.clamp(min=0).unsqueeze(1)
-            tanh = (h @ w_VD.T).float().div_(SOFTCAP).tanh_()
-            scores = tanh * SOFTCAP
-            log_z = scores.logsumexp(1, keepdim=True)
-            total += ((log_z - scores.gather(1, t)).squeeze(1) * w).sum()
-            if grad_h is not None and grad_w is not None:
-                d = scores.sub_(log_z).exp_()  # the softmax
-                d.scatter_add_(1, t, torch.full_like(log_z, -1.0))
-                d.mul_(tanh.square_().neg_().add_(1.0)).mul_(w.unsqueeze(1))
-                d = d.to(h.dtype)
-                grad_h[i : i + rows] = d @ w_VD
-                grad_w[:vocab] += (d.T @ h).float()
-        if grad_h is not None:
-            ctx.save_for_backward(grad_h, grad_w)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad.to(grad_h.dtype), grad_w * grad, None, None, None

@@ -47,7 +47,8 @@ class Home:
         for part in (tag, stage):
             if not part or part.startswith(".") or not all(c.isalnum() or c in "._-" for c in part):
                 raise UserError(
-                    f"a run's name may hold letters, digits, '.', '_' and '-', found {part!r}", "choose another --tag"
+                    f"a run's name may hold letters, digits, '.', '_' and '-', found {part!r}",
+                    "choose another --tag",
                 )
         return self.root / "runs" / tag / stage
 
@@ -82,7 +83,9 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}", "free space or choose another --home") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror}", "free space or choose another --home"
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -97,4 +100,6 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist", "run the stage that writes it first") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}", "delete it and run its stage again") from error
+        raise UserError(
+            f"{path} cannot be read as JSON: {error}", "delete it and run its stage again"
+        ) from error

@@ -61,7 +61,9 @@ class Runtime:
             print(*parts, flush=True)
 
 
-def start(device: str | None = None, dtype: str | None = None, *, timeout_seconds: float = TIMEOUT_SECONDS) -> Runtime:
+def start(
+    device: str | None = None, dtype: str | None = None, *, timeout_seconds: float = TIMEOUT_SECONDS
+) -> Runtime:
     """The runtime of this process; joins the process group if torchrun started us (nccl on CUDA, gloo on CPU).
 
     device: None chooses cuda, else cpu (mps when named). dtype: None chooses bf16 where it is native and fast, else fp32.
@@ -70,20 +72,28 @@ def start(device: str | None = None, dtype: str | None = None, *, timeout_second
     local = int(os.environ.get("LOCAL_RANK", 0))
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind not in ("cpu", "cuda", "mps"):
-        raise UserError(f"the device must be cpu, cuda or mps, found {kind!r}", "leave --device out to choose")
+        raise UserError(
+            f"the device must be cpu, cuda or mps, found {kind!r}", "leave --device out to choose"
+        )
     if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device=cuda was asked for and torch sees no GPU", "leave --device out, or install a CUDA build")
+        raise UserError(
+            "--device=cuda was asked for and torch sees no GPU", "leave --device out, or install a CUDA build"
+        )
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device=mps was asked for and torch sees no Apple GPU", "leave --device out")
     if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"the dtype must be one of {', '.join(DTYPES)}, found {dtype!r}", "leave --dtype out to choose")
+        raise UserError(
+            f"the dtype must be one of {', '.join(DTYPES)}, found {dtype!r}", "leave --dtype out to choose"
+        )
     chosen = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")
     if world > 1 and not dist.is_initialized():
         backend = "nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), device_id=chosen if kind == "cuda" else None)
+        dist.init_process_group(
+            backend, timeout=timedelta(seconds=timeout_seconds), device_id=chosen if kind == "cuda" else None
+        )
     rt = Runtime(chosen, torch.float32, rank, world, local)
     compute = DTYPES[dtype] if dtype else _best_dtype(chosen)
     if world > 1 and dtype is None:  # a probe may fall out differently on equal machines: rank 0 decides

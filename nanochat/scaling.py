@@ -110,9 +110,13 @@ def plan(
     Raises ValueError for sizes that cannot be, and for an explicit batch that ranks * device_batch * T does not divide.
     """
     if depth < 1 or aspect < 1 or head_dim < 2 or head_dim % 2:
-        raise ValueError(f"depth and aspect must be at least 1 and head_dim even, found {depth}, {aspect}, {head_dim}")
+        raise ValueError(
+            f"depth and aspect must be at least 1 and head_dim even, found {depth}, {aspect}, {head_dim}"
+        )
     if device_batch < 1 or sequence_len < 1 or world_size < 1:
-        raise ValueError(f"device_batch, sequence_len and world_size must be at least 1, found {device_batch}, {sequence_len}, {world_size}")
+        raise ValueError(
+            f"device_batch, sequence_len and world_size must be at least 1, found {device_batch}, {sequence_len}, {world_size}"
+        )
     width, heads = shape(depth, aspect, head_dim)
     kv_heads = num_kv_heads or heads
     if heads % kv_heads:
@@ -162,3 +166,30 @@ def plan(
         accum=batch // step_rows_tokens,
         world_size=world_size,
     )
+
+
+# The base runs of the presets: arguments of plan(). scripts.base_train and scripts.plan read them here.
+RUNS: dict[str, dict[str, Any]] = {
+    "smoke": {"depth": 2, "aspect": 32, "head_dim": 32, "sequence_len": 64, "window_pattern": "L", "num_steps": 10,
+              "batch_tokens": 1024, "device_batch": 8, "vocab_size": 512},
+    "cpu-demo": {"depth": 4, "aspect": 32, "head_dim": 64, "sequence_len": 256, "window_pattern": "L", "num_steps": 600,
+                 "batch_tokens": 8192, "device_batch": 32, "vocab_size": 2048},
+    "single-gpu": {"depth": 12},
+    "speedrun": {"depth": 24, "ratio": 8.0, "device_batch": 8},
+}  # fmt: skip
+
+
+def memory_bytes(p: Plan, bytes_per_value: int = 2) -> dict[str, float]:
+    """Memory of one device in training: fp32 weights and gradients, moments shared by the ranks, activations.
+
+    Activations by layer and token: about 34 values of the width's size (eager); attention scores are never kept.
+    """
+    tokens = p.device_batch * p.sequence_len
+    weights = 4.0 * p.params_total
+    return {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": 8.0 * p.params_total / p.world_size,
+        "activations": 34.0 * bytes_per_value * tokens * p.model_dim * p.depth,
+        "loss": 3.0 * 4 * 2**22 + 2.0 * 4 * p.vocab_size * p.model_dim,
+    }

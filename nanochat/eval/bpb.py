@@ -28,7 +28,9 @@ def evaluate_bpb(model: Any, batches: Iterable[Any], token_bytes: np.ndarray, rt
         hidden = model.hidden(batch.inputs_BT, batch.doc_start_BT)
         nll_N = model.token_nll(hidden.reshape(targets_N.numel(), -1), targets_N)
         size_N = bytes_V[targets_N.clamp(min=0)] * (targets_N >= 0)
-        sums[0] += (nll_N * (size_N > 0)).sum(dtype=torch.float32 if rt.device.type == "mps" else torch.float64)
+        sums[0] += (nll_N * (size_N > 0)).sum(
+            dtype=torch.float32 if rt.device.type == "mps" else torch.float64
+        )
         sums[1] += size_N.sum()
     model.train(was_training)
     nats, size = rt.sum(sums).tolist()

@@ -40,7 +40,10 @@ class Gate:
             return None
         self.skips_in_a_row += 1
         if self.skips_in_a_row >= MAX_SKIPS:
-            raise UserError(f"{MAX_SKIPS} updates in a row were skipped, the last because {reason}", "lower the learning rate, or go back to an earlier step with --resume=N")
+            raise UserError(
+                f"{MAX_SKIPS} updates in a row were skipped, the last because {reason}",
+                "lower the learning rate, or go back to an earlier step with --resume=N",
+            )
         return reason
 
     @staticmethod

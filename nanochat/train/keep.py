@@ -42,10 +42,15 @@ def model_arrays(model: torch.nn.Module) -> dict[str, np.ndarray]:
     return {name: tensor.detach().float().cpu().numpy() for name, tensor in model.state_dict().items()}
 
 
-def save_state(root: Path, model: Any, optimizer: Any, state: TrainState, rt: Runtime, meta: dict[str, Any]) -> Path:
+def save_state(
+    root: Path, model: Any, optimizer: Any, state: TrainState, rt: Runtime, meta: dict[str, Any]
+) -> Path:
     """Write one checkpoint, all ranks together."""
     me = f"{rt.rank:05d}-of-{rt.world_size:05d}"
-    files: dict[str, dict[str, np.ndarray]] = {f"optim-{me}": optimizer.state_arrays(), f"rng-{me}": _rng_arrays(rt)}
+    files: dict[str, dict[str, np.ndarray]] = {
+        f"optim-{me}": optimizer.state_arrays(),
+        f"rng-{me}": _rng_arrays(rt),
+    }
     cursor_arrays: dict[str, np.ndarray] = {}
     cursor = split_arrays(state.cursor, cursor_arrays)
     if rt.is_main:
@@ -53,10 +58,14 @@ def save_state(root: Path, model: Any, optimizer: Any, state: TrainState, rt: Ru
         if cursor_arrays:
             files["data"] = cursor_arrays
     values = state.to_dict() | {"cursor": cursor, "python_rng": _python_rng(rt)}
-    return checkpoint.save(root, state.step, files, values, meta=meta, rank=rt.rank, world_size=rt.world_size, gather=rt.gather)
+    return checkpoint.save(
+        root, state.step, files, values, meta=meta, rank=rt.rank, world_size=rt.world_size, gather=rt.gather
+    )
 
 
-def load_state(found: checkpoint.Checkpoint, model: Any, optimizer: Any, state: TrainState, rt: Runtime) -> None:
+def load_state(
+    found: checkpoint.Checkpoint, model: Any, optimizer: Any, state: TrainState, rt: Runtime
+) -> None:
     """Put a checkpoint back: exactly with the same world size, re-sliced (RNG excepted) with another."""
     load_model_arrays(model, found.tensors("model"))
     optimizer.load_state_arrays(found.tensors("optim-"))
@@ -74,7 +83,9 @@ def load_state(found: checkpoint.Checkpoint, model: Any, optimizer: Any, state: 
 
 def load_model_arrays(model: torch.nn.Module, arrays: dict[str, np.ndarray]) -> None:
     """Copy arrays into the model's parameters by name. Raises RuntimeError if names or shapes differ."""
-    model.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, strict=True)
+    model.load_state_dict(
+        {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, strict=True
+    )
 
 
 def _rng_arrays(rt: Runtime) -> dict[str, np.ndarray]:

@@ -44,8 +44,18 @@ class Metrics:
         except OSError as error:  # a full disk must not end the training
             print(f"warning: {self.path.name} not written: {error.strerror}", file=sys.stderr)
 
-    def has(self, step: int, key: str) -> bool:
-        return any(row["step"] == step and key in row for row in self.rows)
+    def evaluated(self, step: int) -> bool:
+        """Whether the evaluation of this step has been recorded."""
+        return any(row["step"] == step and "eval_seconds" in row for row in self.rows)
+
+    def last_values(self) -> dict[str, Any]:
+        """The newest smoothed loss and the newest value of every evaluation, for result.json."""
+        values: dict[str, Any] = {}
+        for row in self.rows:
+            if "eval_seconds" in row:
+                values |= {k: v for k, v in row.items() if k not in ("step", "eval_seconds")}
+        losses = [row["loss"] for row in self.rows if row.get("loss") is not None][-20:]
+        return values | ({"loss": sum(losses) / len(losses)} if losses else {})
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -62,7 +72,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class TrainLog:
     """A hook: one metrics record a step, and the progress of the run on the console of rank 0."""
 
-    def __init__(self, metrics: Metrics, name: str, *, flops_per_token: float, peak_flops: float | None, wandb: Any = None, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        name: str,
+        *,
+        flops_per_token: float,
+        peak_flops: float | None,
+        wandb: Any = None,
+        quiet: bool = False,
+    ) -> None:
         self.metrics, self.name, self.wandb = metrics, name, wandb
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.smooth_loss: float | None = None
@@ -75,8 +94,17 @@ class TrainLog:
         per_second = state.step_tokens / max(state.step_seconds, 1e-9)
         used = None if self.peak_flops is None else per_second * self.flops_per_token / self.peak_flops
         lr = state.rates.lr_factor if state.rates else None
-        row: dict[str, Any] = {"step": state.step, "loss": state.loss, "grad_norm": state.grad_norm, "lr_factor": lr}
-        row |= {"tokens": state.tokens, "seconds": round(state.seconds, 4), "tokens_per_second": round(per_second, 1)}
+        row: dict[str, Any] = {
+            "step": state.step,
+            "loss": state.loss,
+            "grad_norm": state.grad_norm,
+            "lr_factor": lr,
+        }
+        row |= {
+            "tokens": state.tokens,
+            "seconds": round(state.seconds, 4),
+            "tokens_per_second": round(per_second, 1),
+        }
         if used is not None:
             row["peak_frac"] = round(used, 4)
         if state.skip_reason:
@@ -85,13 +113,21 @@ class TrainLog:
         if self.wandb is not None:
             self.wandb.log({k: v for k, v in row.items() if k != "step"}, step=state.step)
         if math.isfinite(state.loss):
-            self.smooth_loss = state.loss if self.smooth_loss is None else SMOOTHING * self.smooth_loss + (1 - SMOOTHING) * state.loss
+            self.smooth_loss = (
+                state.loss
+                if self.smooth_loss is None
+                else SMOOTHING * self.smooth_loss + (1 - SMOOTHING) * state.loss
+            )
         if not self.quiet:
             self._show(state, per_second, used)
 
     def _show(self, state: TrainState, per_second: float, used: float | None) -> None:
         seconds = state.step_seconds
-        self.smooth_seconds = seconds if self.smooth_seconds is None else SMOOTHING * self.smooth_seconds + (1 - SMOOTHING) * seconds
+        self.smooth_seconds = (
+            seconds
+            if self.smooth_seconds is None
+            else SMOOTHING * self.smooth_seconds + (1 - SMOOTHING) * seconds
+        )
         share = "" if used is None else f"  {100 * used:.0f}% of peak"
         left = clock((state.num_steps - state.step) * self.smooth_seconds)
         loss = state.loss if self.smooth_loss is None else self.smooth_loss
@@ -135,9 +171,13 @@ def open_wandb(mode: str, run_dir: Path, name: str, settings: dict[str, Any], is
     if mode == "off" or not is_main:
         return None
     if mode not in ("online", "offline"):
-        raise UserError(f"--wandb must be off, offline or online, found {mode!r}", "leave --wandb out for none")
+        raise UserError(
+            f"--wandb must be off, offline or online, found {mode!r}", "leave --wandb out for none"
+        )
     try:
         import wandb
     except ImportError as error:
-        raise UserError("--wandb was asked for and the package wandb is not installed", "pip install wandb") from error
+        raise UserError(
+            "--wandb was asked for and the package wandb is not installed", "pip install wandb"
+        ) from error
     return wandb.init(project="nanochat", name=name, dir=str(run_dir), config=settings, mode=mode)  # type: ignore[arg-type]

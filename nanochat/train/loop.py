@@ -48,6 +48,7 @@ class TrainState:
     gate: Gate = field(default_factory=Gate)
     loss_scale: LossScale | None = None
     best: float | None = None
+    metrics: Any = None  # nanochat.train.log.Metrics
     # of this step only
     loss: float = float("nan")
     grad_norm: float = float("nan")
@@ -115,7 +116,9 @@ def apply_rates(optimizer: Any, rates: Rates) -> None:
         group["lr"] = group["initial_lr"] * rates.lr_factor
         if group["kind"] == "muon":
             group["momentum"] = rates.momentum
-            group["weight_decay"] = group.setdefault("initial_weight_decay", group["weight_decay"]) * rates.decay_factor
+            group["weight_decay"] = (
+                group.setdefault("initial_weight_decay", group["weight_decay"]) * rates.decay_factor
+            )
 
 
 def fit(
@@ -153,7 +156,9 @@ def fit(
                 for hook in hooks:
                     hook(state)
                 if state.stopping and state.step < num_steps:
-                    raise Interrupted(f"{signals.received or 'a signal on another rank'} at step {state.step}; run the same command to continue")
+                    raise Interrupted(
+                        f"{signals.received or 'a signal on another rank'} at step {state.step}; run the same command to continue"
+                    )
                 if state.step % 1000 == 0:
                     gc.collect()
     finally:
@@ -162,13 +167,28 @@ def fit(
     return state
 
 
-def _step(model: Any, optimizer: Any, rows: Iterator[Any], accum: int, rates: Rates, rt: Runtime, state: TrainState, allow_empty: bool) -> None:
+def _step(
+    model: Any,
+    optimizer: Any,
+    rows: Iterator[Any],
+    accum: int,
+    rates: Rates,
+    rt: Runtime,
+    state: TrainState,
+    allow_empty: bool,
+) -> None:
     start = time.perf_counter()
     micro = list(islice(rows, accum))
     if len(micro) < accum:
-        raise UserError(f"the data ended at step {state.step} of {state.num_steps}", "ask for fewer steps or more epochs")
-    counts = torch.tensor([sum(b.num_targets for b in micro), sum(b.inputs_BT.numel() for b in micro)], dtype=torch.float64)
-    num_targets, num_tokens = (int(n) for n in rt.sum(counts.to(rt.device) if rt.world_size > 1 else counts).tolist())
+        raise UserError(
+            f"the data ended at step {state.step} of {state.num_steps}", "ask for fewer steps or more epochs"
+        )
+    counts = torch.tensor(
+        [sum(b.num_targets for b in micro), sum(b.inputs_BT.numel() for b in micro)], dtype=torch.float64
+    )
+    num_targets, num_tokens = (
+        int(n) for n in rt.sum(counts.to(rt.device) if rt.world_size > 1 else counts).tolist()
+    )
     state.cursor, state.rates, state.skip_reason = micro[-1].cursor, rates, None
     if num_targets == 0:
         _skip_empty(state, allow_empty)
@@ -211,4 +231,7 @@ def _skip_empty(state: TrainState, allow_empty: bool) -> None:
     state.skipped += 1
     if not allow_empty or state.empty >= MAX_EMPTY_STEPS:
         times = f"{state.empty} steps in a row" if allow_empty else f"step {state.step}"
-        raise UserError(f"{times} held no token to learn from", "check the data: documents may be empty, conversations may lack assistant turns")
+        raise UserError(
+            f"{times} held no token to learn from",
+            "check the data: documents may be empty, conversations may lack assistant turns",
+        )

@@ -1,0 +1,137 @@
+"""Training on conversations from a parent checkpoint: what mid-training and SFT have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nanochat import checkpoint
+from nanochat.data.loader import ConversationBatches
+from nanochat.errors import UserError
+from nanochat.eval.bpb import evaluate_loss
+from nanochat.gpt import GPTConfig
+from nanochat.models import build, check_tokenizer
+from nanochat.paths import Home
+from nanochat.runtime import Runtime
+from nanochat.tokenizer import RustBPETokenizer
+from nanochat.train.hooks import evaluation, samples
+from nanochat.train.keep import load_model_arrays
+from nanochat.train.loop import Rates
+from nanochat.train.run import run_stage
+from nanochat.train.stage import open_stage
+
+VALIDATION_EVERY = 100  # each 100th conversation is held out
+VALIDATION_MOST = 256
+
+
+class Subset:
+    """The rows of `items` at `indices`."""
+
+    def __init__(self, items: Sequence[Any], indices: Sequence[int]) -> None:
+        self.items, self.indices = items, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.items[self.indices[i]]
+
+
+def split(items: Sequence[Any]) -> tuple[Subset, Subset]:
+    """(train, validation): every 100th row is held out, at most 256 and at least one. ValueError for fewer than 2."""
+    if len(items) < 2:
+        raise ValueError(f"training needs at least 2 conversations (one is held out), found {len(items)}")
+    held = list(range(VALIDATION_EVERY - 1, len(items), VALIDATION_EVERY))[:VALIDATION_MOST] or [
+        len(items) - 1
+    ]
+    out = set(held)
+    return Subset(items, [i for i in range(len(items)) if i not in out]), Subset(items, held)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a stage differs: parent, loss, optimizer and schedule."""
+
+    stage: str
+    parents: tuple[str, ...]
+    loss_on: str
+    warm_optimizer: bool
+    schedule: Callable[[int, int], Rates]
+    rates: dict[str, float]
+
+
+def tune(
+    recipe: Recipe, cfg: Any, rt: Runtime, task: Sequence[Any], prompts: Sequence[list[int]] = ()
+) -> None:
+    """Train `recipe.stage` on `task` from the newest parent, with the base run's shape and batch-size factor."""
+    home = Home.find(cfg.home)
+    tok = RustBPETokenizer.from_directory(home.tokenizer_dir)
+    parent = find_parent(home, cfg.tag, recipe.parents)
+    check_tokenizer(tok, parent.meta)
+    inputs = {
+        "tokenizer": tok.fingerprint(),
+        "parent": [parent.meta["stage"], parent.meta["key"], parent.step],
+    }
+    stage = open_stage(recipe.stage, cfg, rt, inputs)
+    if stage.finished:
+        rt.say(f"{recipe.stage}: already finished, validation loss {stage.finished.get('val_loss')}")
+        return
+    base = parent.meta["recipe"]
+    shape = GPTConfig(**parent.meta["model"])
+    model = build(shape, rt)
+    load_model_arrays(model, parent.tensors("model"))
+    batch = cfg.batch_tokens or base["batch_tokens"]
+    rows_per_step, one_pass = batch // shape.sequence_len, cfg.device_batch * rt.world_size
+    if rows_per_step * shape.sequence_len != batch or rows_per_step % one_pass:
+        works = max(1, rows_per_step // one_pass) * one_pass * shape.sequence_len
+        raise UserError(
+            f"the batch must be a multiple of ranks * device batch * T = {one_pass * shape.sequence_len} tokens, found {batch}",
+            f"--batch-tokens={works} works, or change --device-batch",
+        )
+    lr_scale = cfg.lr_scale * base["lr_scale"]
+    optimizer = model.setup_optimizer(
+        batch_tokens=base["batch_tokens"], weight_decay=0.0, lr_scale=lr_scale, **recipe.rates
+    )
+    if recipe.warm_optimizer:
+        optimizer.load_state_arrays(parent.tensors("optim-"))
+    train_rows, val_rows = split(task)
+    common = {
+        "sequence_len": shape.sequence_len,
+        "device_batch": cfg.device_batch,
+        "rt": rt,
+        "seed": cfg.seed,
+        "loss_on": recipe.loss_on,
+    }
+
+    def batches(cursor: dict[str, Any] | None) -> ConversationBatches:
+        return ConversationBatches(
+            train_rows, tok, epochs=cfg.epochs, rows_per_step=rows_per_step, cursor=cursor, **common
+        )  # type: ignore[arg-type]
+
+    with batches(None) as first:
+        num_steps, rows = first.num_steps, first.num_rows
+        rt.say(f"{recipe.stage}: {len(train_rows):,} conversations in {rows:,} rows, {num_steps} steps of {batch:,} tokens; "
+               f"{first.num_cut} cut, {first.num_dropped} dropped")  # fmt: skip
+    with ConversationBatches(val_rows, tok, epochs=1, last="blank", **common) as held:  # type: ignore[arg-type]
+        fixed = list(held) if cfg.eval_every else []
+    run_stage(
+        stage, cfg, model, optimizer, batches, num_steps=num_steps, accum=rows_per_step // one_pass,
+        schedule=lambda step: recipe.schedule(step, num_steps),
+        evaluate=evaluation("val_loss", lambda: evaluate_loss(model, fixed, rt), rt),
+        sample=samples(model, tok, prompts, rt), flops_per_token=model.estimate_flops(),
+        allow_empty=recipe.loss_on == "assistant", recipe={"batch_tokens": base["batch_tokens"], "lr_scale": base["lr_scale"]},
+        result={"conversations": len(train_rows), "rows": rows, "parent": inputs["parent"]},
+    )  # fmt: skip
+
+
+def find_parent(home: Home, tag: str, stages: tuple[str, ...]) -> checkpoint.Checkpoint:
+    """The newest good checkpoint of the first of `stages` that has one. Raises UserError if none has."""
+    for stage in stages:
+        found = checkpoint.load(home.checkpoints(tag, stage), repair=False)
+        if found is not None:
+            return found
+    raise UserError(
+        f"there is no {' or '.join(stages)} checkpoint of the run {tag!r} in {home.root}",
+        "train it first: bash speedrun.sh does it all",
+    )

@@ -1,0 +1,161 @@
+"""Pretrain the base model on documents.
+
+python -m scripts.base_train --preset=cpu-demo
+torchrun --standalone --nproc_per_node=8 -m scripts.base_train --preset=speedrun
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from nanochat import config, errors, models, runtime, scaling
+from nanochat.config import setting
+from nanochat.data.loader import DocumentBatches, validation_batches
+from nanochat.data.sources import open_source
+from nanochat.eval.bpb import evaluate_bpb
+from nanochat.gpt import GPTConfig
+from nanochat.optim.schedule import lr_factor, muon_momentum, weight_decay_factor
+from nanochat.paths import Home
+from nanochat.tokenizer import RustBPETokenizer
+from nanochat.train.hooks import evaluation, samples
+from nanochat.train.loop import Rates
+from nanochat.train.run import run_stage
+from nanochat.train.stage import open_stage
+
+
+@dataclass(frozen=True)
+class Settings:
+    home: str | None = setting(None, "directory of all runs (default: NANOCHAT_HOME, else the user's cache)")
+    tag: str = setting("main", "name of the run")
+    seed: int = setting(1, "seed of weights and data order")
+    data: str = setting("synthetic", "source: synthetic, parquet:DIR, jsonl:FILE, text:PATH, hub:OWNER/NAME")
+    depth: int = setting(12, "layers; every other size follows from it")
+    aspect: int = setting(64, "width per layer (channels)")
+    head_dim: int = setting(128, "channels per attention head")
+    num_kv_heads: int | None = setting(None, "key/value heads (default: as many as query heads)")
+    sequence_len: int = setting(2048, "tokens per row")
+    window_pattern: str = setting("SSSL", "S: short window, L: full attention, tiled over the layers")
+    ratio: float = setting(12.0, "training tokens per scaling parameter")
+    target_flops: float | None = setting(None, "horizon by compute (FLOPs) instead of the ratio")
+    num_steps: int | None = setting(None, "horizon by optimizer steps instead of the ratio")
+    batch_tokens: int | None = setting(None, "tokens per optimizer step (default: from the plan)")
+    device_batch: int = setting(32, "rows per forward pass on one device")
+    lr_scale: float = setting(1.0, "factor on every learning rate")
+    decay_scale: float = setting(1.0, "factor on the planned weight decay")
+    warmup: int = setting(40, "warm-up steps")
+    warmdown: float = setting(0.65, "share of the steps in the linear warm-down")
+    packing: str = setting("carry", "carry (split and carry) or peer (cut and discard)")
+    device: str | None = setting(None, "cpu, cuda or mps (default: what there is)")
+    dtype: str | None = setting(None, "float32, bfloat16 or float16 (default: bfloat16 where fast)")
+    eval_every: int = setting(250, "optimizer steps between validations (0: never)")
+    eval_tokens: int = setting(80 * 524288, "validation tokens")
+    sample_every: int = setting(2000, "optimizer steps between samples (0: never)")
+    save_every: int = setting(1000, "optimizer steps between checkpoints (0: only the last)")
+    keep: int = setting(2, "newest checkpoints to keep")
+    resume: str = setting("auto", "auto, never, or a step")
+    wandb: str = setting("off", "off, offline or online")
+    offline: bool = setting(False, "open no connection")
+    mirror: str | None = setting(None, "directory or URL that replaces the hub (default: NANOCHAT_MIRROR)")
+
+
+def _preset(name: str, **more: object) -> Settings:
+    shape = {
+        key: value for key, value in scaling.RUNS[name].items() if key != "vocab_size"
+    }  # the tokenizer's
+    return Settings(**shape, **more)  # type: ignore[arg-type]
+
+
+HUB = "hub:karpathy/climbmix-400b-shuffle"
+PRESETS = {
+    "smoke": _preset("smoke", eval_every=5, eval_tokens=4096, save_every=5, warmup=2, sample_every=10),
+    "cpu-demo": _preset(
+        "cpu-demo", eval_every=100, eval_tokens=65536, sample_every=0, save_every=100, lr_scale=4.0
+    ),
+    "single-gpu": _preset("single-gpu", data=HUB),
+    "speedrun": _preset("speedrun", data=HUB),
+}
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time",
+    "If yesterday was Friday, then tomorrow will be",
+    "The opposite of hot is",
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = config.parse(Settings, PRESETS, argv, __doc__)
+    rt = runtime.start(cfg.device, cfg.dtype)
+    try:
+        train(cfg, rt)
+    finally:
+        runtime.close(rt)
+
+
+def train(cfg: Settings, rt: runtime.Runtime) -> None:
+    home = Home.find(cfg.home)
+    tok = RustBPETokenizer.from_directory(home.tokenizer_dir)
+    try:
+        plan = scaling.plan(
+            cfg.depth, aspect=cfg.aspect, head_dim=cfg.head_dim, num_kv_heads=cfg.num_kv_heads, sequence_len=cfg.sequence_len,
+            vocab_size=tok.get_vocab_size(), window_pattern=cfg.window_pattern, ratio=cfg.ratio, target_flops=cfg.target_flops,
+            num_steps=cfg.num_steps, batch_tokens=cfg.batch_tokens, device_batch=cfg.device_batch, world_size=rt.world_size,
+        )  # fmt: skip
+        shape = GPTConfig(**plan.config())
+    except ValueError as error:
+        raise errors.UserError(
+            str(error), "change that flag; python -m scripts.plan shows what follows"
+        ) from error
+    source = open_source(cfg.data, home=home, seed=cfg.seed, mirror=cfg.mirror, offline=cfg.offline)
+    stage = open_stage("base", cfg, rt, {"tokenizer": tok.fingerprint(), "data": source.fingerprint()})
+    if stage.finished:
+        rt.say(f"base: already finished, bits per byte {stage.finished.get('val_bpb')}")
+        return
+    rt.say(f"base: settings\n{config.describe(cfg)}\nbase: plan\n{config.describe(plan)}")
+    model = models.build(shape, rt, cfg.seed)
+    optimizer = model.setup_optimizer(
+        batch_tokens=plan.batch_tokens,
+        weight_decay=plan.weight_decay * cfg.decay_scale,
+        lr_scale=cfg.lr_scale,
+    )
+
+    def batches(cursor: dict | None) -> DocumentBatches:
+        return DocumentBatches(
+            source,
+            tok,
+            sequence_len=cfg.sequence_len,
+            device_batch=cfg.device_batch,
+            rt=rt,
+            cursor=cursor,
+            policy=cfg.packing,
+        )
+
+    def schedule(step: int) -> Rates:
+        N = plan.num_steps
+        lr = lr_factor(step, N, warmup=cfg.warmup, warmdown_frac=cfg.warmdown)
+        return Rates(lr, muon_momentum(step, N, warmdown_frac=cfg.warmdown), weight_decay_factor(step, N))
+
+    rows = max(1, cfg.eval_tokens // cfg.sequence_len)
+    fixed = (
+        list(
+            validation_batches(
+                source,
+                tok,
+                sequence_len=cfg.sequence_len,
+                device_batch=cfg.device_batch,
+                rt=rt,
+                num_rows=rows,
+            )
+        )
+        if cfg.eval_every
+        else []
+    )
+    run_stage(
+        stage, cfg, model, optimizer, batches, num_steps=plan.num_steps, accum=plan.accum, schedule=schedule,
+        evaluate=evaluation("val_bpb", lambda: evaluate_bpb(model, fixed, tok.token_bytes(), rt), rt),
+        sample=samples(model, tok, PROMPTS, rt), recipe={"batch_tokens": plan.batch_tokens, "lr_scale": cfg.lr_scale}, flops_per_token=model.estimate_flops(),
+        result={"plan": plan.to_dict(), "params": model.num_scaling_params()},
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    raise SystemExit(errors.run(main))

@@ -1,0 +1,63 @@
+"""Supervised fine-tuning: assistant tokens only, whole conversations packed without seeing each other.
+
+python -m scripts.chat_sft --preset=cpu-demo
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanochat import config, errors, runtime
+from nanochat.config import setting
+from nanochat.optim.schedule import linear_to_zero, post_training_momentum
+from nanochat.train.loop import Rates
+from nanochat.train.tune import Recipe, tune
+from tasks.mixtures import mixture
+
+
+@dataclass(frozen=True)
+class Settings:
+    home: str | None = setting(None, "directory of all runs (default: NANOCHAT_HOME, else the user's cache)")
+    tag: str = setting("main", "name of the run")
+    seed: int = setting(1, "seed of the mixture and its order")
+    mixture: str = setting("speedrun", "which mixture: smoke, cpu-demo, single-gpu or speedrun")
+    epochs: float = setting(1.0, "passes over the mixture")
+    batch_tokens: int | None = setting(None, "tokens per optimizer step (default: the base run's)")
+    device_batch: int = setting(32, "rows per forward pass on one device")
+    lr_scale: float = setting(0.8, "factor on every learning rate")
+    fresh_optimizer: bool = setting(False, "start with empty moments instead of the parent's")
+    device: str | None = setting(None, "cpu, cuda or mps (default: what there is)")
+    dtype: str | None = setting(None, "float32, bfloat16 or float16 (default: bfloat16 where fast)")
+    eval_every: int = setting(150, "optimizer steps between validations (0: never)")
+    sample_every: int = setting(0, "optimizer steps between samples (0: never)")
+    save_every: int = setting(1000, "optimizer steps between checkpoints (0: only the last)")
+    keep: int = setting(2, "newest checkpoints to keep")
+    resume: str = setting("auto", "auto, never, or a step")
+    wandb: str = setting("off", "off, offline or online")
+
+
+PRESETS = {
+    "smoke": Settings(mixture="smoke", device_batch=8, eval_every=5, save_every=5),
+    "cpu-demo": Settings(mixture="cpu-demo", save_every=100, eval_every=100),
+    "single-gpu": Settings(mixture="single-gpu"),
+    "speedrun": Settings(mixture="speedrun", device_batch=8),
+}
+
+
+def schedule(step: int, num_steps: int) -> Rates:
+    """Constant for half of the steps, then linear to zero."""
+    return Rates(linear_to_zero(step, num_steps, 0.5), post_training_momentum(step, num_steps))
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = config.parse(Settings, PRESETS, argv, __doc__)
+    rt = runtime.start(cfg.device, cfg.dtype)
+    try:
+        recipe = Recipe("sft", ("mid", "base"), "assistant", not cfg.fresh_optimizer, schedule, rates={})
+        tune(recipe, cfg, rt, mixture("sft", cfg.mixture, cfg.seed))
+    finally:
+        runtime.close(rt)
+
+
+if __name__ == "__main__":
+    raise SystemExit(errors.run(main))
