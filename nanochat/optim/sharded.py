@@ -5,6 +5,7 @@ through reduce -> update -> gather. One process, gloo and NCCL share the path; a
 parameters and their gradients directly and needs no buffers. Left out: overlap with the backward pass.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -101,9 +102,8 @@ class Unit:
             return
         self.padding.zero_()
         torch._foreach_copy_(self.slots, [g.reshape(-1) for g in grads])
-        self.work = (
-            self.ranks.reduce_scatter(self.full) if self.is_sharded else self.ranks.all_reduce(self.full)
-        )
+        start = self.ranks.reduce_scatter if self.is_sharded else self.ranks.all_reduce
+        self.work = start(self.full)
 
     def arrive(self) -> list[torch.Tensor]:
         """Wait; the gradients of `targets()`, summed over ranks."""
@@ -115,7 +115,8 @@ class Unit:
     def gather(self) -> None:
         self.grads = []
         if self.full is not None and self.is_sharded:
-            torch._foreach_copy_(self.mine, self.targets())
+            if self.mine:
+                torch._foreach_copy_(self.mine, self.targets())
             self.work = self.ranks.all_gather(self.full)
 
     def finish(self) -> None:
@@ -193,16 +194,30 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, param_groups: Iterable[dict[str, Any]]):
-        super().__init__([prepared(group, index) for index, group in enumerate(param_groups)], {})
-        names = [name for group in self.param_groups for name in group["param_names"]]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"parameter names must be unique, found more than once: {', '.join(twice)}")
+        super().__init__(list(param_groups), {})
+        seen: set[Any] = set()
+        pairs = (zip(group["param_names"], group["params"]) for group in self.param_groups)
+        for name, p in itertools.chain.from_iterable(pairs):
+            if name in seen or id(p) in seen:
+                raise ValueError(f"{name}: each parameter and each name may occur only once over all groups")
+            seen |= {name, id(p)}
         self.ranks = Ranks(self.param_groups[0]["params"][0].device)
         units = [unit for group in self.param_groups for unit in units_of(group, self.ranks)]
-        self.units = sorted(
-            units, key=lambda unit: -unit.numel
-        )  # largest first: longest transfers start first
+        self.units = sorted(units, key=lambda unit: -unit.numel)  # the longest transfers start first
         self.is_reduced = False
+
+    # These two replace torch's own, which would import torch._dynamo: 1.6 s on a 2-core CPU.
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if hasattr(self, "units"):
+            raise ValueError("give MuonAdamW all groups at once; its state is laid out when it is made")
+        self.param_groups.append(prepared(param_group, len(self.param_groups)))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for p in (p for unit in self.units for p in unit.params):
+            if set_to_none:
+                p.grad = None
+            elif p.grad is not None:
+                p.grad.zero_()
 
     @torch.no_grad()
     def reduce(self, scale: float | torch.Tensor = 1.0) -> torch.Tensor:
@@ -216,7 +231,7 @@ class MuonAdamW(torch.optim.Optimizer):
         sum_sq = self.units[0].params[0].new_zeros(())
         for unit in self.units:
             grads = unit.arrive()
-            if isinstance(factor, torch.Tensor) or factor != 1.0:
+            if grads and (isinstance(factor, torch.Tensor) or factor != 1.0):
                 torch._foreach_mul_(grads, factor)
             if grads and (unit.is_sharded or self.ranks.rank == 0):
                 sum_sq += torch.stack(torch._foreach_norm(grads)).square_().sum()
@@ -229,9 +244,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def update(self) -> None:
         """Step with the gradients of the last `reduce`, then share the new weights."""
         if not self.is_reduced:
-            raise ValueError(
-                "update() must follow a reduce(), which has not been called since the last update"
-            )
+            raise ValueError("update() needs reduced gradients; call reduce() before every update()")
         self.is_reduced = False
         for unit in self.units:
             unit.update()
@@ -318,24 +331,23 @@ def prepared(group: dict[str, Any], index: int) -> dict[str, Any]:
         raise ValueError(f"group {index}: lr is missing")
     given = [group["params"]] if isinstance(group["params"], torch.Tensor) else list(group["params"])
     pairs = [pair if isinstance(pair, tuple) else (f"{index}/{i}", pair) for i, pair in enumerate(given)]
+    is_muon = group["kind"] == "muon"
     if not pairs:
         raise ValueError(f"group {index}: no parameters; leave the group out")
     for name, p in pairs:
         if p.dtype != torch.float32 or not p.is_contiguous():
-            raise ValueError(
-                f"{name}: weights must be contiguous float32, got {p.dtype}, strides {p.stride()}"
-            )
-        if group["kind"] == "muon" and p.ndim != 2:
+            raise ValueError(f"{name}: weights must be contiguous float32, got {p.dtype}, {p.stride()}")
+        if is_muon and p.ndim != 2:
             raise ValueError(f"{name}: Muon needs matrices, got shape {tuple(p.shape)}; use an adamw group")
-    group = {**defaults, **group, "params": pairs}
+    names, params = [name for name, _ in pairs], [p for _, p in pairs]
+    group = {**defaults, **group, "params": params, "param_names": names}
     group.setdefault("initial_lr", group["lr"])
     group.setdefault("initial_weight_decay", group["weight_decay"])
-    if group["kind"] == "muon" and group["ns_dtype"] not in (torch.float32, torch.bfloat16):
+    most = len(muon.POLAR_EXPRESS)
+    if is_muon and group["ns_dtype"] not in (torch.float32, torch.bfloat16):
         raise ValueError(f"group {index}: ns_dtype must be float32 or bfloat16, got {group['ns_dtype']}")
-    if group["kind"] == "muon" and not 1 <= group["ns_steps"] <= len(muon.POLAR_EXPRESS):
-        raise ValueError(
-            f"group {index}: ns_steps must be 1 to {len(muon.POLAR_EXPRESS)}, got {group['ns_steps']}"
-        )
+    if is_muon and not 1 <= group["ns_steps"] <= most:
+        raise ValueError(f"group {index}: ns_steps must be 1 to {most}, got {group['ns_steps']}")
     return group
 
 
