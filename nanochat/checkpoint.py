@@ -178,6 +178,9 @@ def _write_files(temporary: Path, files: dict, state: dict[str, Any] | None) -> 
             raise ValueError(f"a file stem must be made of letters, digits, '_', '.' and '-', found {stem!r}")
         # safetensors takes the memory of a transposed array for row order, silently
         ordered = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+        for name, array in ordered.items():
+            if array.dtype.kind not in "biuf":
+                raise ValueError(f"{stem}: arrays must hold plain numbers, found {array.dtype} in {name!r}")
         name = f"{stem}.safetensors"
         records[name] = storage.write_file(temporary / name, safetensors.numpy.save(ordered))
     return records
