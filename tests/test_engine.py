@@ -1,0 +1,365 @@
+"""The engine's identities, on a tiny random model in fp32, and its surface, on a model that is no network."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import nanochat.engine.engine as engine_module
+from nanochat.engine import Engine, KVCache
+from nanochat.engine.runner import Runner
+from nanochat.gpt import GPT, GPTConfig
+
+SPECIALS = [
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|output_start|>",
+    "<|output_end|>",
+    "<|assistant_end|>",
+    "<|bos|>",
+]
+PY, PY_END, OUT, OUT_END, END, BOS = range(256, 262)
+
+
+class Bytes:
+    """A tokenizer of one token per byte."""
+
+    def encode_special(self, name: str) -> int:
+        return 256 + SPECIALS.index(name)  # ValueError for any other: generate must not ask
+
+    def get_bos_token_id(self) -> int:
+        return BOS
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+def tiny(vocab_size: int = 262, sequence_len: int = 640) -> GPT:
+    """Two windows (S sees 256 keys), grouped heads, smear on, and no weight at zero."""
+    config = GPTConfig(
+        sequence_len, vocab_size, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, window_pattern="SL"
+    )
+    model = GPT(config)
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=rng) * 0.3)
+    return model.eval()
+
+
+MODEL = tiny()
+ENGINE = Engine(MODEL, Bytes())
+PROMPTS = [[BOS, *(i * 37 % 256 for i in range(n))] for n in (3, 0, 17, 5, 300, 17, 1)] + [[BOS, 1, 2, 3]] * 2
+
+
+def prompt(num_tokens: int) -> list[int]:
+    return torch.randint(256, (num_tokens,), generator=torch.Generator().manual_seed(num_tokens)).tolist()
+
+
+# ---------------------------------------------------------------- cache == full forward
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.lists(st.sampled_from([1, 1, 2, 7, 64, 150]), min_size=1, max_size=6))
+def test_any_chunking(chunks: list[int]) -> None:
+    total = sum(chunks)
+    ids_BT = torch.tensor([prompt(total), prompt(total)[::-1]])
+    cache = KVCache(2, 2, total, 8, 3, "cpu", torch.float32)
+    with torch.no_grad():
+        whole_BTV = MODEL(ids_BT)
+        pieces = [MODEL(chunk, kv_cache=cache) for chunk in ids_BT.split(chunks, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole_BTV, atol=1e-4, rtol=0)
+    assert cache.cache_seqlens.tolist() == [total, total] and cache.get_pos() == total
+
+
+def test_ragged_prefill_and_decode_equal_full() -> None:
+    """Rows of different lengths, dropped, copied and joined, each against its own full forward."""
+    runner = Runner(MODEL, num_rows=5, seq_len=340)
+    texts = [prompt(n) for n in (5, 320, 1)]
+    logits_BV = runner.prefill(texts)
+    for step in range(8):
+        with torch.no_grad():
+            whole_BV = torch.cat([MODEL(torch.tensor([text]))[:, -1] for text in texts])
+        torch.testing.assert_close(logits_BV, whole_BV, atol=1e-4, rtol=0)
+        if step == 2:  # a row leaves: the last one takes its place
+            runner.drop(0)
+            texts = [texts[2], texts[1]]
+        if step == 4:  # a row joins, another is forked
+            runner.prefill([prompt(40)])
+            runner.copy([1])
+            texts = [*texts, prompt(40), list(texts[1])]
+        nexts = [(7 * step + 31 * i) % 256 for i in range(len(texts))]
+        texts = [[*text, token] for text, token in zip(texts, nexts, strict=True)]
+        logits_BV = runner.decode(nexts)
+    assert runner.lengths == [len(text) for text in texts] == runner.cache.cache_seqlens[:4].tolist()
+
+
+def test_prefill_splits_into_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [prompt(n) for n in (30, 20, 12, 3, 1)]
+    together = Runner(MODEL, 5, 30).prefill(texts)
+    monkeypatch.setattr("nanochat.engine.runner.PREFILL_TOKENS", 25)
+    torch.testing.assert_close(Runner(MODEL, 5, 30).prefill(texts), together, atol=1e-4, rtol=0)
+
+
+# ---------------------------------------------------------------- greedy == naive, batch == one by one
+
+
+def test_greedy_equals_naive() -> None:
+    for text in PROMPTS[:5]:
+        naive = list(MODEL.generate(text, 12, temperature=0))
+        found = [column[0] for column, _ in ENGINE.generate(text, max_tokens=12, temperature=0)]
+        assert found == naive[: len(found)] and (len(found) == 12 or found[-1] in (END, BOS))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"temperature": 0.0}, {"temperature": 1.0, "top_k": 20, "seed": 7}, {"temperature": 0.8, "top_p": 0.9}],
+)
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_batch_equals_single(how: dict, batch_size: int) -> None:
+    together = ENGINE.complete(PROMPTS, max_tokens=10, batch_size=batch_size, **how)
+    alone = [ENGINE.complete([text], max_tokens=10, **how)[0] for text in PROMPTS]
+    assert together == alone
+    assert all(len(c.ids) == len(c.mask) <= 10 for c in together)
+
+
+def test_complete_equals_generate() -> None:
+    completion = ENGINE.complete([PROMPTS[2]], max_tokens=20, temperature=1.0, seed=3)[0]
+    results, masks = ENGINE.generate_batch(PROMPTS[2], max_tokens=20, temperature=1.0, seed=3)
+    assert results == [PROMPTS[2] + completion.ids]
+    assert masks == [[0] * len(PROMPTS[2]) + completion.mask]
+
+
+def test_fork_equals_separate() -> None:
+    results, _ = ENGINE.generate_batch(PROMPTS[3], num_samples=4, max_tokens=12, temperature=1.2, seed=5)
+    assert len({tuple(result) for result in results}) == 4
+    for i, result in enumerate(results):
+        assert ENGINE.generate_batch(PROMPTS[3], max_tokens=12, temperature=1.2, seed=5 + i)[0] == [result]
+    forks = ENGINE.complete([PROMPTS[3]] * 4, max_tokens=12, temperature=1.2, seed=[5, 6, 7, 8], batch_size=4)
+    assert [PROMPTS[3] + fork.ids for fork in forks] == results
+
+
+# ---------------------------------------------------------------- what is run
+
+
+def test_finished_rows_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    monkeypatch.setattr(
+        MODEL, "trunk", lambda ids, *rest: sizes.append(tuple(ids.shape)) or GPT.trunk(MODEL, ids, *rest)
+    )
+    texts = [prompt(4), prompt(6), prompt(8)]
+    first = ENGINE.complete(texts, max_tokens=1)
+    assert sizes == [(3, 8)]  # one token comes from the prompt's own pass
+    sizes.clear()
+    stops = [first[2].ids[0]]  # ends the third at once
+    found = ENGINE.complete(texts, max_tokens=6, stop_ids=stops)
+    ends = [len(c.ids) + (c.finish_reason == "stop") for c in found]
+    assert found[2].ids == [] and found[2].stop_id == stops[0]
+    assert sizes == [(3, 8)] + [(sum(end > step for end in ends), 1) for step in range(1, max(ends))]
+    sizes.clear()
+    ENGINE.complete([texts[0]] * 5, max_tokens=1, batch_size=5)
+    assert sizes == [(1, 4)]  # equal prompts are computed once
+    sizes.clear()
+    ENGINE.complete(
+        [prompt(4)] * 2 + [prompt(5)] * 3, max_tokens=3, batch_size=2, temperature=1.0, seed=range(5)
+    )
+    assert max(size[0] for size in sizes) == 2  # never more than asked for
+
+
+def test_rows_join_while_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    monkeypatch.setattr(
+        MODEL, "trunk", lambda ids, *rest: sizes.append(tuple(ids.shape)) or GPT.trunk(MODEL, ids, *rest)
+    )
+    texts = [prompt(n) for n in range(2, 12)]
+    first = [c.ids[0] for c in ENGINE.complete(texts, max_tokens=1)]
+    sizes.clear()
+    ENGINE.complete(texts, max_tokens=20, batch_size=4, stop_ids=first[::2])
+    prefills = [i for i, size in enumerate(sizes) if size[1] > 1]
+    assert len(prefills) > 2 and max(size[0] for size in sizes) == 4
+    assert sum(size[0] for size in sizes if size[1] > 1) == 10
+
+
+# ---------------------------------------------------------------- limits
+
+
+def test_max_tokens_and_context() -> None:
+    model = tiny(sequence_len=24)
+    engine = Engine(model, Bytes())
+    text = prompt(10)
+    assert len(list(engine.generate(text, temperature=0))) <= 14
+    assert list(engine.generate(text, max_tokens=0)) == [] == list(engine.generate(prompt(24)))
+    assert engine.generate_batch(text, 2, max_tokens=0) == ([text, text], [[0] * 10] * 2)
+    completion = engine.complete([text], max_tokens=None)[0]
+    assert (completion.finish_reason, len(completion.ids)) == (
+        "length",
+        14,
+    ) or completion.finish_reason == "stop"
+    assert engine.complete([text], max_tokens=0)[0].ids == []
+    assert engine.complete([], max_tokens=3) == []
+
+
+def test_errors() -> None:
+    for call, message in (
+        (lambda: ENGINE.generate([]), "at least one token"),
+        (lambda: ENGINE.generate([1], num_samples=0), "num_samples"),
+        (lambda: ENGINE.generate([1], max_tokens=-1), "max_tokens"),
+        (lambda: ENGINE.generate([1], temperature=-1), "temperature"),
+        (lambda: ENGINE.complete([prompt(640)], max_tokens=1), "shorter than 640"),
+        (lambda: ENGINE.complete([[1]], max_tokens=1, seed=[1, 2]), "seed per prompt"),
+        (lambda: ENGINE.complete([[1]], max_tokens=1, batch_size=0), "batch_size"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_nothing_made_here_is_an_inference_tensor() -> None:
+    """Training goes on after sampling: what either keeps must work in a backward pass."""
+    ENGINE.complete([prompt(400)], max_tokens=2)
+    model = tiny()
+    model(torch.tensor([prompt(600)]), torch.tensor([prompt(600)])).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+# ---------------------------------------------------------------- a model that is no network
+
+
+class Script:
+    """Says SCRIPT[row] whatever it reads; counts positions in the cache as a real model would."""
+
+    def __init__(self, *rows: list[int], start: int) -> None:
+        self.rows, self.start = rows, start
+        self.config = SimpleNamespace(n_kv_head=2, n_head=4, n_embd=32, n_layer=2, sequence_len=64)
+
+    def get_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def forward(self, ids: torch.Tensor, kv_cache: KVCache) -> torch.Tensor:
+        B, T = ids.shape
+        assert kv_cache.k_cache.shape == (2, B, kv_cache.max_seq_len, 2, 8)
+        kv_cache.advance(T)
+        logits_BTV = torch.full((B, T, 262), -20.0)
+        for row in range(B):
+            script = self.rows[row % len(self.rows)]
+            said = kv_cache.get_pos() - self.start
+            logits_BTV[row, -1, script[min(said, len(script) - 1)]] = 20.0
+        return logits_BTV
+
+
+def test_tool_forces_its_output() -> None:
+    said = [*b"x", PY, *b"12+34", PY_END, 0, 0, 0, 0, *b"!", END]  # the four zeros are overruled
+    wanted = [*b"x", PY, *b"12+34", PY_END, OUT, *b"46", OUT_END, *b"!"]
+    engine = Engine(Script(said, start=3), Bytes())
+    results, masks = engine.generate_batch([BOS, 1, 2], max_tokens=40)
+    assert results == [[BOS, 1, 2, *wanted]]
+    assert masks == [[0, 0, 0, *[1] * 8, *[0] * 4, 1]]
+    completion = engine.complete([[BOS, 1, 2]], max_tokens=40)[0]
+    assert (completion.ids, completion.finish_reason, completion.stop_id) == (wanted, "stop", END)
+    assert completion.mask == masks[0][3:]
+    columns = list(engine.generate([BOS, 1, 2], max_tokens=9))  # forced tokens count
+    assert [column[0] for column, _ in columns] == wanted[:9]
+
+
+def test_refused_code_forces_nothing() -> None:
+    said = [PY, *b"1/0", PY_END, *b"oh", END]
+    results, masks = Engine(Script(said, start=1), Bytes()).generate_batch([BOS], max_tokens=40)
+    assert results == [[BOS, *said[:-1]]] and masks == [[0] + [1] * 7]
+
+
+def test_columns() -> None:
+    """Rows end apart: the ending token is yielded with mask 1, then repeated with mask 0."""
+    engine = Engine(Script([*b"ab", END, *b"zzz"], [*b"acdef", BOS], start=1), Bytes())
+    columns = list(engine.generate([BOS], num_samples=2))
+    assert [column[0] for column, _ in columns] == [*b"ab", END, END, END, END]
+    assert [column[1] for column, _ in columns] == [*b"acdef", BOS]
+    assert [masks for _, masks in columns] == [[1, 1], [1, 1], [1, 1], [0, 1], [0, 1], [0, 1]]
+    assert engine.generate_batch([BOS], 2)[0] == [[BOS, *b"ab"], [BOS, *b"acdef"]]
+
+
+def test_minimal_model_stops_at_the_context() -> None:
+    engine = Engine(Script([65], start=4), Bytes())
+    assert len(list(engine.generate([1, 2, 3, 4]))) == 60
+    assert (
+        len(list(engine.generate([1, 2, 3, 4], max_tokens=100))) == 100
+    )  # asked for: as far as the model goes
+    assert [len(c.ids) for c in engine.complete([[1, 2, 3, 4]] * 3, max_tokens=5)] == [5, 5, 5]
+
+
+def test_samples_differ_and_repeat() -> None:
+    class Even(Script):
+        def forward(self, ids: torch.Tensor, kv_cache: KVCache) -> torch.Tensor:
+            return torch.zeros_like(super().forward(ids, kv_cache))
+
+    engine = Engine(Even([0], start=1), Bytes())
+    first = next(engine.generate([BOS], num_samples=16, max_tokens=1))[0]
+    assert len(set(first)) > 12
+    assert engine.generate_batch([BOS], 2, max_tokens=9, seed=1) == engine.generate_batch(
+        [BOS], 2, max_tokens=9, seed=1
+    )
+    assert engine.generate_batch([BOS], max_tokens=9, seed=1) != engine.generate_batch(
+        [BOS], max_tokens=9, seed=2
+    )
+
+
+# ---------------------------------------------------------------- the cache by itself
+
+
+def test_kv_cache_surface() -> None:
+    cache = KVCache(
+        batch_size=2, num_heads=3, seq_len=8, head_dim=4, num_layers=5, device="cpu", dtype=torch.float32
+    )
+    assert cache.k_cache.shape == cache.v_cache.shape == (5, 2, 8, 3, 4) and not cache.k_cache.any()
+    assert (cache.n_layers, cache.max_seq_len, cache.prev_embedding, cache.get_pos()) == (5, 8, None, 0)
+    assert cache.cache_seqlens.dtype == torch.int32 and cache.prev_ids.tolist() == [-1, -1]
+    cache.advance(3)
+    assert cache.get_pos() == 3 and cache.cache_seqlens.tolist() == [3, 3]
+    keys, values = cache.get_layer_cache(1)
+    keys[0, 0], values[1, 2] = 1.0, 2.0
+    assert cache.k_cache[1, 0, 0].eq(1).all() and cache.v_cache[1, 1, 2].eq(2).all()
+    cache.reset()
+    assert cache.get_pos() == 0
+
+
+def test_kv_cache_prefill() -> None:
+    def new(rows: int = 1, length: int = 6, heads: int = 1) -> KVCache:
+        return KVCache(rows, heads, length, 2, 2, "cpu", torch.float32)
+
+    source = new()
+    source.k_cache.normal_()
+    source.v_cache.normal_()
+    source.advance(4)
+    source.prev_ids[0] = 9
+    source.prev_embedding = torch.ones(1, 1, 5)
+    target = new(rows=3, length=8)
+    target.prefill(source)
+    assert target.cache_seqlens.tolist() == [4, 4, 4] and target.prev_ids.tolist() == [9, 9, 9]
+    assert target.prev_embedding is not None and target.prev_embedding.shape == (3, 1, 5)
+    for row in range(3):
+        assert torch.equal(target.k_cache[:, row, :4], source.k_cache[:, 0, :4])
+        assert torch.equal(target.v_cache[:, row, :4], source.v_cache[:, 0, :4])
+    assert not target.k_cache[:, :, 4:].any()
+    for bad, message in ((target, "empty"), (new(length=5), "must hold"), (new(heads=2, length=8), "agree")):
+        with pytest.raises(ValueError, match=message):
+            bad.prefill(source)
+
+
+def test_ended_by_somebody_else() -> None:
+    batch = engine_module.Batch(MODEL, 2, 50)
+    rows = [ENGINE.start(prompt(n), engine_module.Sampling(0.0), 20) for n in (4, 6)]
+    batch.admit(rows)
+    batch.emit()
+    rows[0].finish_reason = "abort"
+    batch.compute()
+    assert batch.emit() == [rows[1]] and batch.rows == [rows[1]] and batch.room == 1
+    batch.compute()
+    while batch.is_running:
+        batch.emit()
+        batch.compute()
+    assert (
+        rows[1].output[:20] == ENGINE.complete([prompt(6)], max_tokens=20)[0].ids and len(rows[0].output) == 1
+    )
