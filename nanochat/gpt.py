@@ -17,10 +17,10 @@ from torch import nn
 
 from nanochat.cross_entropy import CHUNK_LOGITS, softcap, weighted_nll
 from nanochat.flash_attention import flash_attn
+from nanochat.fused import mix, norm, relu_squared, rotate_norm
 
 ROPE_BASE = 100_000.0
 QK_SCALE = 1.2
-NORM_EPS = 2.0**-23
 SMEAR_CHANNELS = 24
 VE_GATE_CHANNELS = 12
 VOCAB_MULTIPLE = 64
@@ -70,11 +70,6 @@ class GPTConfig:
         return layer % 2 == (self.n_layer - 1) % 2
 
 
-def norm(x: torch.Tensor) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + 2^-23) over the last axis, without weights, statistics in fp32."""
-    return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
-
-
 def rope_tables(
     positions: torch.Tensor, head_dim: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,12 +77,6 @@ def rope_tables(
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions.float().unsqueeze(-1) / ROPE_BASE**exponents
     return angles.cos().unsqueeze(-2).to(dtype), angles.sin().unsqueeze(-2).to(dtype)
-
-
-def rotate(x_BTHE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the two halves of every head by its position's angles."""
-    x1, x2 = x_BTHE.chunk(2, dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
 class Linear(nn.Linear):
@@ -134,8 +123,8 @@ class Attention(nn.Module):
         if self.ve_gate is not None and ve_BTC is not None:
             gate_BTK1 = 3 * torch.sigmoid(self.ve_gate(x_BTD[..., :VE_GATE_CHANNELS])).unsqueeze(-1)
             v_BTKE = torch.addcmul(v_BTKE, gate_BTK1, ve_BTC.view(B, T, self.num_kv_heads, self.head_dim))
-        q_BTHE = QK_SCALE * norm(rotate(q_BTHE, *rope))
-        k_BTKE = QK_SCALE * norm(rotate(k_BTKE, *rope))
+        q_BTHE = rotate_norm(q_BTHE, *rope, QK_SCALE)
+        k_BTKE = rotate_norm(k_BTKE, *rope, QK_SCALE)
         y_BTHE = attend(self.layer, q_BTHE, k_BTKE, v_BTKE, window)
         return self.c_proj(y_BTHE.reshape(B, T, D))
 
@@ -149,7 +138,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        return self.c_proj(relu_squared(self.c_fc(x)))
 
 
 class Block(nn.Module):
@@ -261,9 +250,8 @@ class GPT(nn.Module):
             x_BTD = torch.addcmul(h_BTD, gate_BT1, before_BTD)
         x0_BTD = x_mid_BTD = x_BTD
         rope = rope_tables(positions_BT, cfg.n_embd // cfg.n_head, dtype)
-        resid, x0_share = self.resid_lambdas.to(dtype), self.x0_lambdas.to(dtype)
         for i, (block, window) in enumerate(zip(self.blocks, cfg.windows, strict=True)):
-            x_BTD = torch.addcmul(resid[i] * x_BTD, x0_share[i], x0_BTD)
+            x_BTD = mix(x_BTD, x0_BTD, self.resid_lambdas[i], self.x0_lambdas[i])
             ve = self.value_embeds[str(i)] if cfg.has_value_embedding(i) else None
             ve_BTC = None if ve is None else F.embedding(ids_BT, ve.weight).to(dtype)
             x_BTD = x_BTD + block.attn(norm(x_BTD), ve_BTC, rope, attend, window)

@@ -13,6 +13,8 @@ REF_PARAMS = 110_100_912  # transformer matrices and head of the reference, d12
 REF_BATCH = 2**19
 REF_DECAY = 0.28
 BATCH_EXPONENT = 0.383
+MATRIX_LR = 0.02  # Muon's, as in nanochat.optim.groups (a test holds them equal)
+MOST_DECAY = 0.1  # of a weight in one step: the rule alone would exceed 1 in runs of a few steps
 DEFAULT_RATIO = 12.0  # training tokens per scaling parameter
 
 
@@ -160,7 +162,7 @@ def plan(
         horizon_tokens=horizon_tokens,
         batch_tokens=batch,
         num_steps=steps,
-        weight_decay=REF_DECAY * b * ref_horizon / horizon_tokens,
+        weight_decay=min(REF_DECAY * b * ref_horizon / horizon_tokens, MOST_DECAY / (MATRIX_LR * b)),
         lr_factor=b,
         device_batch=device_batch,
         accum=batch // step_rows_tokens,

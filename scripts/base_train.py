@@ -114,7 +114,7 @@ def train(cfg: Settings, rt: runtime.Runtime) -> None:
     model = models.build(shape, rt, cfg.seed)
     optimizer = model.setup_optimizer(
         batch_tokens=plan.batch_tokens,
-        weight_decay=plan.weight_decay * cfg.decay_scale,
+        weight_decay=plan.weight_decay * cfg.decay_scale / cfg.lr_scale,
         lr_scale=cfg.lr_scale,
     )
 

@@ -36,9 +36,10 @@ def samples(model: Any, tok: Any, prompts: Sequence[str], rt: Runtime, max_token
             model.eval()
             ids = [tok.encode(prompt, prepend=tok.get_bos_token_id()) for prompt in prompts]
             done = Engine(model, tok).complete(ids, max_tokens=max_tokens, temperature=0.0)
+            specials = {tok.encode_special(name) for name in tok.get_special_tokens()}
             texts = [
-                prompt + tok.decode([i for i in c.ids if i not in tok.special_ids])
-                for prompt, c in zip(prompts, done, strict=True)
+                prompt + tok.decode([i for i in completion.ids if i not in specials])
+                for prompt, completion in zip(prompts, done, strict=True)
             ]
             model.train(was_training)
             state.metrics.write(step=state.step, samples=texts)

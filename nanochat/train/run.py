@@ -63,7 +63,7 @@ def run_stage(
         optimizer,
         keep=cfg.keep,
         resumed_from=resumed_from,
-        model=vars(model.config),
+        meta={"model": vars(model.config), "recipe": recipe},
     )
     due = resumed_from is not None and cfg.eval_every > 0 and state.step % cfg.eval_every == 0
     state.num_steps = num_steps

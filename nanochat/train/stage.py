@@ -67,7 +67,7 @@ class Stage:
     def metrics_file(self) -> Path | None:
         return self.home.metrics_file(self.tag, self.name) if self.rt.is_main else None
 
-    def meta(self, **more: Any) -> dict[str, Any]:
+    def meta(self) -> dict[str, Any]:
         """What every checkpoint of this stage records about where it comes from."""
         facts = hardware.describe()
         return {
@@ -76,7 +76,7 @@ class Stage:
             "key": self.key,
             "inputs": self.inputs,
             "machine": facts,
-        } | more
+        }
 
     def finish(self, **result: Any) -> None:
         """Write result.json, which marks the stage as finished, and exit.json with code 0."""
@@ -182,10 +182,10 @@ class Saver:
         *,
         keep: int = 2,
         resumed_from: int | None = None,
-        **meta: Any,
+        meta: dict[str, Any],
     ) -> None:
         self.stage, self.n, self.model, self.optimizer, self.keep = stage, n, model, optimizer, keep
-        self.resumed_from, self.meta, self.failures = resumed_from, stage.meta(**meta), 0
+        self.resumed_from, self.meta, self.failures = resumed_from, stage.meta() | meta, 0
 
     def __call__(self, state: TrainState) -> None:
         last = state.step == state.num_steps
