@@ -1,10 +1,10 @@
-"""Rows on the device: documents or conversations in, `Batch` out, made by a background thread.
+"""Rows on the device: documents or conversations in, `Batch` out, made ahead by a thread.
 
-The order of rows is global. With W ranks and B rows a batch, micro-step m holds the rows m·W·B ... (m+1)·W·B of
-one endless sequence and rank r takes rows (m·W + r)·B ... + B, so the rows of an optimizer step depend on the product
-of ranks and accumulation only. Every rank packs the whole stream and keeps its rows.
+The order of rows is global. With W ranks and B rows a batch, micro-step m is rows m·W·B to (m+1)·W·B of one
+endless sequence, and rank r has rows (m·W + r)·B to (m·W + r + 1)·B: the rows of an optimizer step depend on
+the product of ranks and accumulation only. Every rank packs the whole stream and keeps its own rows.
 
-Letters: B rows of one batch, T time.
+Letters: B rows of a batch, T time.
 """
 
 from __future__ import annotations
@@ -17,27 +17,29 @@ import queue
 import threading
 import weakref
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from nanochat.data.pack import CropPacker, cut_conversation, plan_whole
-from nanochat.data.sources import Source
+from nanochat.data.sources import Documents, Source
 from nanochat.errors import UserError
 
-IGNORED = -1
-PREFETCHED_BATCHES = 2
+IGNORED = -1  # the target of a position that does not count
+NUM_AHEAD = 2  # batches waiting in the queue; one more is in the making
 ENCODED_DOCUMENTS, ENCODED_CHARS = 256, 1 << 22  # whichever comes first makes one call of the tokenizer
-CACHED_TOKENS = 1 << 25  # rendered conversations kept in memory: 5 bytes a token
+CACHED_TOKENS = 1 << 25  # of rendered conversations kept in memory, at 5 bytes
+
+Batches = Generator["Batch", None, None]
 
 
 @dataclass
 class Batch:
-    """One device batch: targets of IGNORED do not count; doc_start is the position where a token's conversation starts.
+    """One micro-batch of one rank. doc_start: the position in its row where a token's conversation starts.
 
-    cursor resumes right after this batch; num_targets and num_bytes are counted on the host, for this rank.
+    cursor resumes right after this batch; num_targets and num_bytes are this rank's, counted on the host.
     """
 
     inputs_BT: torch.Tensor
@@ -49,28 +51,29 @@ class Batch:
     num_bytes: int = 0
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with its tensors on `device`; asynchronous where they are pinned."""
-        names = ("inputs_BT", "targets_BT", "weights_BT", "doc_start_BT")
-        moved = {name: getattr(self, name) for name in names}
-        return replace(
-            self, **{k: v if v is None else v.to(device, non_blocking=True) for k, v in moved.items()}
-        )
+        """The same batch on `device`; the copy is asynchronous where the tensors are pinned."""
+
+        def move(tensor: torch.Tensor | None) -> Any:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        inputs, targets, weights = move(self.inputs_BT), move(self.targets_BT), move(self.weights_BT)
+        starts = move(self.doc_start_BT)
+        return Batch(inputs, targets, weights, starts, self.cursor, self.num_targets, self.num_bytes)
 
 
 class Prefetched:
-    """Iterates over batches that a thread makes ahead. Close it, use it with `with`, or drop it: the thread ends.
+    """Iterates over batches that a thread makes ahead; what the thread raises, `next` raises.
 
-    What the thread raises is raised by `next`.
+    `close()`, the end of `with`, or the last reference to it going away ends the thread.
     """
 
-    def __init__(self, batches: Generator[Batch, None, None], device: torch.device) -> None:
-        self.device = device
-        self._queue: queue.Queue[Any] = queue.Queue(PREFETCHED_BATCHES)
+    def __init__(self, batches: Batches, device: torch.device) -> None:
+        self._device = device
+        self._queue: queue.Queue[Any] = queue.Queue(NUM_AHEAD)
         stop = threading.Event()
-        thread = threading.Thread(
-            target=_produce, args=(batches, self._queue, stop, device), name="batches", daemon=True
-        )
-        self.close = weakref.finalize(self, _end, thread, stop)  # also at interpreter exit
+        args = (batches, self._queue, stop, device)
+        thread = threading.Thread(target=_produce, args=args, name="batches", daemon=True)
+        self.close = weakref.finalize(self, _end, thread, stop)  # runs at interpreter exit, too
         thread.start()
 
     def __iter__(self) -> Prefetched:
@@ -81,7 +84,7 @@ class Prefetched:
             raise StopIteration
         item = self._queue.get()
         if isinstance(item, Batch):
-            return item.to(self.device)
+            return item.to(self._device)
         self.close()
         raise item
 
@@ -92,26 +95,24 @@ class Prefetched:
         self.close()
 
 
-def _produce(
-    batches: Generator[Batch, None, None], out: queue.Queue[Any], stop: threading.Event, device: torch.device
-) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-
+def _produce(batches: Batches, out: queue.Queue[Any], stop: threading.Event, device: torch.device) -> None:
     def offer(item: Any) -> None:
         while not stop.is_set():
             try:
-                return out.put(item, timeout=0.1)
+                out.put(item, timeout=0.1)
+                break
             except queue.Full:
-                continue
+                pass
 
     try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         for batch in batches:
-            if stop.is_set():
-                return
             offer(batch)
+            if stop.is_set():
+                break
         offer(StopIteration())
-    except BaseException as error:  # belongs to the consumer, whatever it is
+    except BaseException as error:  # it belongs to the consumer, whatever it is
         offer(error)
     finally:
         batches.close()
@@ -123,77 +124,88 @@ def _end(thread: threading.Thread, stop: threading.Event) -> None:
         thread.join(timeout=10.0)
 
 
-class DocumentBatches(Prefetched):
-    """Endless batches of packed training documents (CropPacker), exactly resumable from any batch's cursor.
+def _tensor(values: np.ndarray, rt: Any, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """A host copy, pinned for CUDA (its allocator reuses a block only after the copy from it is done)."""
+    tensor = torch.empty(values.shape, dtype=dtype, pin_memory=rt.device.type == "cuda")
+    return tensor.copy_(torch.from_numpy(values))
 
-    The cursor holds the source's position and the packing buffer; it fits any number of ranks and any device batch.
+
+def _encode(documents: Documents, tok: Any) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+    """(token ids behind BOS, cursor) of each document, encoded many at a time."""
+    bos, num_threads = tok.get_bos_token_id(), min(4, os.cpu_count() or 1)
+    while True:
+        texts, cursors, num_chars = [], [], 0
+        for text, cursor in documents:
+            texts.append(text)
+            cursors.append(cursor)
+            num_chars += len(text)
+            if len(texts) == ENCODED_DOCUMENTS or num_chars >= ENCODED_CHARS:
+                break
+        if not texts:
+            return
+        for ids, cursor in zip(tok.encode(texts, prepend=bos, num_threads=num_threads), cursors):
+            yield np.asarray(ids, dtype=np.int32), cursor
+
+
+# documents
+
+
+class DocumentBatches(Prefetched):
+    """Endless batches of packed training documents (CropPacker), resumable after any batch, bit for bit.
+
+    The cursor (source position, packing buffer) fits any number of ranks and any device batch. UserError when
+    it was made with other data, another tokenizer, length or policy.
     """
 
     def __init__(
-        self,
-        source: Source,
-        tok: Any,
-        *,
-        sequence_len: int,
-        device_batch: int,
-        rt: Any,
-        cursor: dict[str, Any] | None = None,
-        buffer_docs: int = 1000,
-        policy: str = "carry",
-    ) -> None:
+        self, source: Source, tok: Any, *, sequence_len: int, device_batch: int, rt: Any,
+        cursor: dict[str, Any] | None = None, buffer_docs: int = 1000, policy: str = "carry",
+    ) -> None:  # fmt: skip
         packer = CropPacker(
             sequence_len + 1, tok.get_bos_token_id(), policy=policy, buffer_pieces=buffer_docs
         )
-        position = None
         if cursor is not None:
-            position = cursor["source"]
             if cursor["tokenizer"] != tok.fingerprint():
-                raise UserError(
-                    "the saved position was made with another tokenizer",
-                    "restore that tokenizer or start a new run",
-                )
+                problem = "the saved position was made with another tokenizer"
+                raise UserError(problem, "restore that tokenizer, or start a new run")
             try:
                 packer.load(cursor["packer"])
             except ValueError as error:
                 raise UserError(str(error), "resume with the settings the run was started with") from error
+        position = cursor["source"] if cursor else None
         documents = source.documents("train", position)
-        super().__init__(_pack_batches(documents, position, tok, packer, device_batch, rt), rt.device)
+        super().__init__(_pack(documents, position, tok, packer, device_batch, rt), rt.device)
 
 
-def _pack_batches(
-    documents: Iterator[tuple[str, dict]],
-    position: dict | None,
-    tok: Any,
-    packer: CropPacker,
-    rows: int,
-    rt: Any,
-) -> Generator[Batch, None, None]:
+def _pack(
+    documents: Documents, position: Any, tok: Any, packer: CropPacker, num_rows: int, rt: Any
+) -> Batches:
     encoded = _encode(documents, tok)
+    state = {"tokenizer": tok.fingerprint(), "source": position}
     while True:
-        tokens = np.empty((rt.world_size * rows, packer.row_tokens), dtype=np.int32)
-        for row in tokens:
+        rows = np.empty((rt.world_size * num_rows, packer.row_tokens), dtype=np.int32)
+        for row in rows:
             while packer.wants_more:
-                ids, position = next(encoded)
+                ids, state["source"] = next(encoded)
                 packer.add(ids)
             packer.fill(row)
-        mine = tokens[rt.rank * rows : (rt.rank + 1) * rows]
-        cursor = {"source": position, "tokenizer": tok.fingerprint(), "packer": packer.state()}
-        yield Batch(
-            _tensor(mine[:, :-1], rt), _tensor(mine[:, 1:], rt), cursor=cursor, num_targets=mine[:, 1:].size
-        )
+        mine = rows[rt.rank * num_rows : (rt.rank + 1) * num_rows]
+        inputs, targets = _tensor(mine[:, :-1], rt), _tensor(mine[:, 1:], rt)
+        yield Batch(inputs, targets, cursor=state | {"packer": packer.state()}, num_targets=targets.numel())
+
+
+# validation
 
 
 class ValidationBatches:
     """The same batches at every iteration: rows packed once from the validation split, in one global order.
 
-    The rows do not depend on ranks, device batch or training packing. Targets without bytes (specials, padding) are
-    IGNORED, so bits per byte = sum of nll / (ln 2 · num_bytes), both summed over batches and ranks. Every rank has
-    equally many batches; rows missing in the last are padding. num_rows: the real rows, over all ranks.
+    The rows do not depend on ranks, device batch or training's packing. Targets without bytes (specials,
+    padding) are IGNORED: bits per byte = sum of nll / (ln 2 · num_bytes), both summed over batches and ranks.
+    Every rank has equally many batches, filled up with padding; num_rows counts the real rows of all ranks.
     """
 
-    def __init__(
-        self, rows: np.ndarray, num_rows: int, token_bytes: np.ndarray, device_batch: int, rt: Any
-    ) -> None:
+    def __init__(self, rows: np.ndarray, num_rows: int, token_bytes: np.ndarray, device_batch: int, rt: Any):
         self.num_rows = num_rows
         self._rows, self._token_bytes, self._device_batch, self._rt = rows, token_bytes, device_batch, rt
 
@@ -201,22 +213,20 @@ class ValidationBatches:
         return len(self._rows) // self._device_batch
 
     def __iter__(self) -> Iterator[Batch]:
-        for tokens in self._rows.reshape(len(self), self._device_batch, -1):
-            targets = tokens[:, 1:]
-            num_bytes = self._token_bytes[targets]
-            yield Batch(
-                _tensor(tokens[:, :-1], self._rt),
-                _tensor(np.where(num_bytes > 0, targets, IGNORED), self._rt),
-                num_targets=int((num_bytes > 0).sum()),
-                num_bytes=int(num_bytes.sum()),
-            ).to(self._rt.device)
+        for rows in self._rows.reshape(len(self), self._device_batch, -1):
+            num_bytes = self._token_bytes[rows[:, 1:]]
+            targets = np.where(num_bytes > 0, rows[:, 1:], IGNORED)
+            batch = Batch(_tensor(rows[:, :-1], self._rt), _tensor(targets, self._rt))
+            batch.num_targets, batch.num_bytes = int((num_bytes > 0).sum()), int(num_bytes.sum())
+            yield batch.to(self._rt.device)
 
 
 def validation_batches(
     source: Source, tok: Any, *, sequence_len: int, device_batch: int, rt: Any, num_rows: int
 ) -> ValidationBatches:
-    """The first `num_rows` rows of the validation split (all of them if it holds fewer), this rank's share in memory."""
-    packer = CropPacker(sequence_len + 1, tok.get_bos_token_id())
+    """The first `num_rows` rows of the validation split, or as many as it holds; keeps this rank's share."""
+    bos = tok.get_bos_token_id()
+    packer = CropPacker(sequence_len + 1, bos)
     encoded = _encode(source.documents("val"), tok)
     mine, made = [], 0
     while made < num_rows:
@@ -229,165 +239,116 @@ def validation_batches(
         if made // device_batch % rt.world_size == rt.rank:
             mine.append(row)
         made += 1
-    padding = np.full(sequence_len + 1, tok.get_bos_token_id(), dtype=np.int32)
-    per_rank = -(-made // (device_batch * rt.world_size)) * device_batch
-    rows = np.stack(mine + [padding] * (per_rank - len(mine)))
+    missing = -(-made // (device_batch * rt.world_size)) * device_batch - len(mine)
+    rows = np.stack(mine + [np.full(sequence_len + 1, bos, dtype=np.int32)] * missing)
     return ValidationBatches(rows, made, np.asarray(tok.token_bytes()), device_batch, rt)
 
 
-class ConversationBatches(Prefetched):
-    """Batches of whole conversations, best fit, that cannot see each other (doc_start); resumable from any cursor.
+# conversations
 
-    num_rows: planned rows of `epochs` (each reshuffled by seed); num_steps: ceil(num_rows / rows_per_step), where
-    rows_per_step defaults to one batch of every rank. Rows missing in the last step are the next of the endless
-    sequence ("wrap", counted in num_extra) or padding ("blank": right for evaluation). num_cut conversations were
-    cut after the last answer that fits, num_dropped had none that fits.
+
+class ConversationBatches(Prefetched):
+    """Whole conversations, best fit, that cannot see each other (doc_start); resumable after any batch.
+
+    num_rows: planned rows of `epochs` (each reshuffled by seed); num_steps = ceil(num_rows / rows_per_step),
+    by default one batch of every rank a step. What the last step lacks are the sequence's next rows ("wrap",
+    num_extra of them) or padding ("blank", right for evaluation). num_cut conversations were cut after the
+    last answer that fits; num_dropped had none.
     """
 
     def __init__(
-        self,
-        task: Sequence[Any],
-        tok: Any,
-        *,
-        sequence_len: int,
-        device_batch: int,
-        rt: Any,
-        seed: int,
-        epochs: float = 1.0,
-        loss_on: str = "assistant",
-        cursor: dict[str, Any] | None = None,
-        rows_per_step: int | None = None,
-        last: str = "wrap",
-    ) -> None:
+        self, task: Sequence[Any], tok: Any, *, sequence_len: int, device_batch: int, rt: Any, seed: int,
+        epochs: float = 1.0, loss_on: str = "assistant", cursor: dict[str, Any] | None = None,
+        rows_per_step: int | None = None, last: str = "wrap",
+    ) -> None:  # fmt: skip
         if loss_on not in ("assistant", "all") or last not in ("wrap", "blank") or epochs <= 0:
-            raise ValueError(f"got loss_on={loss_on!r}, last={last!r}, epochs={epochs}: see the docstring")
-        store = _Conversations(task, tok, sequence_len, loss_on, rt)
+            raise ValueError(f"loss_on, last or epochs is not as documented: {loss_on!r}, {last!r}, {epochs}")
+        store = _Conversations(task, tok, sequence_len, loss_on == "all", rt, seed)
         self.num_cut, self.num_dropped = store.num_cut, store.num_dropped
-        if not store.kept.size:
-            raise UserError(
-                f"no conversation of {len(task)} has an answer that ends within {sequence_len} tokens",
-                "give other conversations or a longer --sequence-len",
+        if cursor is not None and cursor["conversations"] != store.fingerprint:
+            problem = (
+                "the saved position belongs to other conversations, or another tokenizer, length or seed"
             )
+            raise UserError(problem, "resume with the settings the run was started with, or start a new run")
         whole, part = divmod(epochs, 1.0)
-        plans = [store.plan(seed, epoch) for epoch in range(int(whole) + (part > 0))]
-        self.num_rows = sum(map(len, plans)) - (
-            len(plans[-1]) - math.ceil(part * len(plans[-1])) if part else 0
-        )
+        self.num_rows = sum(len(store.plan(epoch)) for epoch in range(int(whole)))
+        self.num_rows += math.ceil(part * len(store.plan(int(whole)))) if part else 0
         per_step = rows_per_step or device_batch * rt.world_size
         self.num_steps = -(-self.num_rows // per_step)
         self.num_extra = self.num_steps * per_step - self.num_rows
-        identity = store.identity(seed)
-        if cursor is not None and cursor["conversations"] != identity:
-            raise UserError(
-                "the saved position belongs to other conversations, or to another tokenizer, length or seed",
-                "resume with the settings the run was started with, or start a new run",
-            )
-        rows = itertools.islice(_endless_rows(store, seed, plans), self.num_rows if last == "blank" else None)
-        first = cursor["row"] if cursor else 0
-        end = self.num_rows + self.num_extra
-        batches = _conversation_batches(store, rows, identity, first, end, device_batch, rt)
-        super().__init__(batches, rt.device)
+        first, end = cursor["row"] if cursor else 0, self.num_rows + self.num_extra
+        endless = itertools.chain.from_iterable(map(store.plan, itertools.count()))
+        rows = itertools.islice(endless, first, self.num_rows if last == "blank" else None)
+        super().__init__(_lay_out(store, rows, first, end, device_batch, rt), rt.device)
 
 
-def _endless_rows(store: _Conversations, seed: int, plans: list[list[list[int]]]) -> Iterator[list[int]]:
-    for epoch in itertools.count():
-        yield from plans[epoch] if epoch < len(plans) else store.plan(seed, epoch)
-
-
-def _conversation_batches(
-    store: _Conversations, rows: Iterator[list[int]], identity: str, first: int, end: int, size: int, rt: Any
-) -> Generator[Batch, None, None]:
-    rows = itertools.islice(rows, first, None)
-    for at in range(first, end, size * rt.world_size):
-        group = [next(rows, []) for _ in range(size * rt.world_size)]
-        inputs = np.full((size, store.row_tokens), store.bos, dtype=np.int32)
+def _lay_out(
+    store: _Conversations, rows: Iterator[list[int]], first: int, end: int, num_rows: int, rt: Any
+) -> Batches:
+    per_batch = num_rows * rt.world_size
+    for at in range(first, end, per_batch):
+        inputs = np.full((num_rows, store.row_tokens), store.bos, dtype=np.int32)
         targets, starts = np.full_like(inputs, IGNORED), np.zeros_like(inputs)
-        for b, row in enumerate(group[rt.rank * size : (rt.rank + 1) * size]):
+        group = [next(rows, []) for _ in range(per_batch)][rt.rank * num_rows : (rt.rank + 1) * num_rows]
+        for b, row in enumerate(group):
             t = 0
             for item in row:
                 ids, is_target = store.render(item)
-                span = slice(t, t + len(ids))
-                inputs[b, span], starts[b, span] = ids, t
-                targets[b, t : t + len(ids) - 1] = np.where(is_target[1:], ids[1:], IGNORED)
-                t += len(ids)
+                stop = t + len(ids)
+                inputs[b, t:stop] = ids
+                targets[b, t : stop - 1] = np.where(is_target[1:], ids[1:], IGNORED)  # none leads to the next
+                starts[b, t:stop] = t
+                t = stop
             starts[b, t:] = t
-        yield Batch(
-            _tensor(inputs, rt),
-            _tensor(targets, rt),
-            doc_start_BT=_tensor(starts, rt, torch.int32),
-            cursor={"conversations": identity, "row": at + size * rt.world_size},
-            num_targets=int((targets != IGNORED).sum()),
-        )
+        batch = Batch(_tensor(inputs, rt), _tensor(targets, rt), None, _tensor(starts, rt, torch.int32))
+        batch.cursor = {"conversations": store.fingerprint, "row": at + per_batch}
+        batch.num_targets = int((targets != IGNORED).sum())
+        yield batch
 
 
 class _Conversations:
-    """Rendered conversations: the lengths of all, the tokens of as many as CACHED_TOKENS holds, others on demand."""
+    """Lengths and plans of all conversations; tokens of as many as CACHED_TOKENS holds, others made again."""
 
-    def __init__(self, task: Sequence[Any], tok: Any, row_tokens: int, loss_on: str, rt: Any) -> None:
-        self.task, self.tok, self.row_tokens, self.loss_on = task, tok, row_tokens, loss_on
+    def __init__(self, task: Sequence[Any], tok: Any, row_tokens: int, on_all: bool, rt: Any, seed: int):
+        self.task, self.tok, self.row_tokens, self.on_all, self.seed = task, tok, row_tokens, on_all, seed
         self.bos, self.end = tok.get_bos_token_id(), tok.encode_special("<|assistant_end|>")
         self._cache: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._cached_tokens = 0
-        # every rank renders its share, so that planning a large mixture takes 1/W of the time
+        self._num_cached = 0
+        # every rank renders a share, so that planning a large mixture takes 1/W of the time
         shares = rt.gather([self._measure(item) for item in range(rt.rank, len(task), rt.world_size)])
-        self.lengths = np.zeros(len(task), dtype=np.int64)
+        lengths = np.zeros(len(task), dtype=np.int64)
         for rank, share in enumerate(shares):
-            self.lengths[rank :: rt.world_size] = [abs(length) for length in share]
-        self.kept = np.flatnonzero(self.lengths)
-        self.num_dropped = len(task) - self.kept.size
-        self.num_cut = sum(length < 0 for share in shares for length in share)
+            lengths[rank :: rt.world_size] = share
+        self.num_cut, self.num_dropped = int((lengths < 0).sum()), int((lengths == 0).sum())
+        self._kept, self._lengths = np.flatnonzero(lengths), np.abs(lengths)
+        if not self._kept.size:
+            problem = f"none of {len(task)} conversations has an answer that ends within {row_tokens} tokens"
+            raise UserError(problem, "give other conversations, or a longer --sequence-len")
+        facts = repr((seed, row_tokens, on_all, tok.fingerprint())).encode()
+        self.fingerprint = hashlib.sha256(lengths.tobytes() + facts).hexdigest()
+
+    def plan(self, epoch: int) -> list[list[int]]:
+        """The rows of an epoch, as numbers of conversations; the same on every rank."""
+        rows = plan_whole(self._lengths[self._kept], self.row_tokens, seed=(self.seed, epoch))
+        return [self._kept[row].tolist() for row in rows]
+
+    def render(self, item: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, whether each token is a target) of the part that is kept."""
+        return self._cache.get(item) or self._render(item)[:2]
 
     def _measure(self, item: int) -> int:
-        """Tokens kept of a conversation, 0 if none, negative if it was cut."""
+        """Tokens kept of a conversation: 0 if it is dropped, negative if it is cut."""
         ids, _, is_cut = self._render(item)
         return -len(ids) if is_cut else len(ids)
 
-    def render(self, item: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, whether a token is a target) of the kept part."""
-        return self._cache.get(item) or self._render(item)[:2]
-
     def _render(self, item: int) -> tuple[np.ndarray, np.ndarray, bool]:
-        ids, mask = self.tok.render_conversation(self.task[item], max_tokens=self.row_tokens + 1)
-        keep = cut_conversation(ids, self.end, self.row_tokens)
-        kept_ids = np.array(ids[:keep], dtype=np.int32)
-        is_target = np.array(mask[:keep], dtype=bool) | (self.loss_on == "all")
-        if not is_target[1:].any():
-            kept_ids, is_target = kept_ids[:0], is_target[:0]  # nothing to learn: the same as dropped
-        if self._cached_tokens < CACHED_TOKENS:
-            self._cache[item] = (kept_ids, is_target)
-            self._cached_tokens += len(kept_ids)
-        return kept_ids, is_target, keep < len(ids)
-
-    def plan(self, seed: int, epoch: int) -> list[list[int]]:
-        """Rows of item numbers; the same on every rank."""
-        rows = plan_whole(self.lengths[self.kept], self.row_tokens, seed=(seed, epoch))
-        return [self.kept[row].tolist() for row in rows]
-
-    def identity(self, seed: int) -> str:
-        digest = hashlib.sha256(self.lengths.tobytes())
-        digest.update(repr((seed, self.row_tokens, self.loss_on, self.tok.fingerprint())).encode())
-        return digest.hexdigest()
-
-
-def _encode(documents: Iterator[tuple[str, dict]], tok: Any) -> Iterator[tuple[np.ndarray, dict]]:
-    """(token ids behind BOS, cursor) a document, encoded many at a time."""
-    bos, threads = tok.get_bos_token_id(), min(4, os.cpu_count() or 1)
-    while True:
-        texts, cursors, num_chars = [], [], 0
-        for text, cursor in documents:
-            texts.append(text)
-            cursors.append(cursor)
-            num_chars += len(text)
-            if len(texts) == ENCODED_DOCUMENTS or num_chars >= ENCODED_CHARS:
-                break
-        if not texts:
-            return
-        for ids, cursor in zip(tok.encode(texts, prepend=bos, num_threads=threads), cursors):
-            yield np.asarray(ids, dtype=np.int32), cursor
-
-
-def _tensor(values: np.ndarray, rt: Any, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """A host tensor of its own, pinned where the device is CUDA."""
-    tensor = torch.empty(values.shape, dtype=dtype, pin_memory=rt.device.type == "cuda")
-    tensor.copy_(torch.from_numpy(values))
-    return tensor
+        all_ids, mask = self.tok.render_conversation(self.task[item], max_tokens=self.row_tokens + 1)
+        keep = cut_conversation(all_ids, self.end, self.row_tokens)
+        ids = np.array(all_ids[:keep], dtype=np.int32)
+        is_target = np.array(mask[:keep], dtype=bool) | self.on_all
+        if not is_target[1:].any():  # nothing to learn from it
+            ids, is_target = ids[:0], is_target[:0]
+        if self._num_cached < CACHED_TOKENS:
+            self._cache[item] = (ids, is_target)
+            self._num_cached += len(ids)
+        return ids, is_target, keep < len(all_ids)

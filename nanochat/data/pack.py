@@ -5,7 +5,7 @@ Two packers, both best fit (the largest piece that fits goes in first):
     CropPacker   an endless stream of documents -> rows without padding (pretraining)
     plan_whole   a known list of lengths -> rows of whole items, the rest of a row is padding (mid, SFT)
 
-Rules and their measured waste: training.md section 4 and docs/data.md. Nothing here reads text or knows a rank.
+docs/data.md gives the rules with their measured waste. Nothing here reads text or knows a rank.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class CropPacker:
             self._carry(tokens[at : at + step])
 
     def fill(self, row: np.ndarray) -> int:
-        """Write the next row and return its number of tokens: all of it, or less (then BOS follow) when the buffer ran dry."""
+        """Write the next row; return its number of tokens, fewer (BOS follow) when the buffer runs dry."""
         at, size = 0, self.row_tokens
         while at < size and self._pieces:
             room = size - at
@@ -128,7 +128,7 @@ class CropPacker:
         return self._pieces.pop(index)
 
     def state(self) -> dict[str, Any]:
-        """Everything the next rows depend on, as JSON values and arrays; a later `fill` does not change it."""
+        """All that the next rows depend on, as JSON values and arrays; a later `fill` does not change it."""
         return {
             "rule": self._rule(),
             "counts": dict(self.counts),
@@ -196,7 +196,7 @@ def _whole_row(keys: list[int], items: list[int], room: int) -> list[int]:
 
 
 def cut_conversation(ids: Sequence[int], end: int, row_tokens: int) -> int:
-    """How many leading tokens of a conversation to keep in a row: all, up to the last `end` that fits, or 0 (drop).
+    """How many leading tokens of a conversation to keep: all, up to the last `end` that fits, or 0 (drop).
 
     >>> cut_conversation([0, 5, 9, 6, 9, 7, 9], end=9, row_tokens=6)
     5

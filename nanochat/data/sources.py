@@ -1,19 +1,18 @@
 """Documents from anywhere, named by one URI.
 
-    synthetic                              the embedded corpus: seeded, endless, no files
-    parquet:DIR_OR_GLOB                    column `text`; shards.json names the validation shard if it is there
-    jsonl:FILE                             one object a line, field `text`
-    text:FILE_OR_DIR                       a file is split at blank lines; in a directory each .txt or .md file is one
-    hub:OWNER/NAME[@revision][:glob]       parquet files of a data set, fetched and verified by nanochat.data.hub
+    synthetic                           the embedded corpus: seeded, endless, no files
+    parquet:DIR_OR_GLOB                 column `text`; a shards.json there names the validation shard
+    jsonl:FILE                          one object a line, field `text`
+    text:FILE_OR_DIR                    a file is split at blank lines; in a directory each .txt or .md is one
+    hub:OWNER/NAME[@revision][:glob]    parquet files of a data set, fetched and verified by nanochat.data.hub
 
-A source hands out (text, cursor) pairs; a cursor is JSON and resumes right after its document. Training text is
-endless: every epoch reads the chunks (row groups, or about a megabyte of lines) and the documents of a chunk in
-an order drawn from (seed, epoch). Memory holds one chunk. Nothing here knows a rank: the order is global.
+A source hands out (text, cursor); a cursor is JSON and resumes right after its document. Training never ends:
+every epoch takes the chunks (row groups, or about a megabyte of lines), and the documents of a chunk, in an
+order drawn from (seed, epoch). Memory holds one chunk. No rank is known here: the order is global.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import re
@@ -29,13 +28,12 @@ from nanochat.errors import UserError
 from nanochat.paths import Home
 
 CHUNK_BYTES = 1 << 20
-VAL_PERCENT = 1  # share of documents whose hash puts them into validation where no shard is named for it
-NUM_SYNTHETIC_VAL = (
-    1 << 16
-)  # the first indices of the synthetic corpus are validation, all later ones training
-SPLITS = ("train", "val")
+VAL_PERCENT = 1  # of the documents, by a hash of the text, where no shard is named for validation
+NUM_SYNTHETIC_VAL = 1 << 16  # indices below are validation, all others training
+TEXT_SUFFIXES = (".txt", ".md")
 
 Cursor = dict[str, Any]
+Documents = Iterator[tuple[str, Cursor]]
 
 
 class Source(Protocol):
@@ -44,9 +42,9 @@ class Source(Protocol):
     name: str
 
     def fingerprint(self) -> str:
-        """Changes when the documents or their order change; a cursor is only good for the same fingerprint."""
+        """Changes with the documents and their order; a cursor is good for one fingerprint."""
 
-    def documents(self, split: str, cursor: Cursor | None = None) -> Iterator[tuple[str, Cursor]]:
+    def documents(self, split: str, cursor: Cursor | None = None) -> Documents:
         """(text, cursor) pairs after `cursor`; split "train" never ends, "val" does."""
 
 
@@ -59,60 +57,53 @@ def open_source(
     mirror: str | None = None,
     offline: bool = False,
 ) -> Source:
-    """The source named by `uri`. num_shards, mirror, offline: only for `hub:` (None: all training shards)."""
+    """The source named by `uri`. num_shards (None: all), mirror and offline concern `hub:` only."""
     kind, _, rest = uri.partition(":")
     if kind == "synthetic" and not rest:
         return SyntheticSource(seed)
     if not rest or kind not in ("parquet", "jsonl", "text", "hub"):
-        raise UserError(
-            f"there is no data source {uri!r}",
-            "use synthetic, parquet:DIR_OR_GLOB, jsonl:FILE, text:FILE_OR_DIR or hub:OWNER/NAME[@revision][:glob]",
+        forms = (
+            "synthetic, parquet:DIR_OR_GLOB, jsonl:FILE, text:FILE_OR_DIR, hub:OWNER/NAME[@revision][:glob]"
         )
-    if kind == "parquet":
-        return _open_parquet(rest, seed)
+        raise UserError(f"there is no data source {uri!r}", f"use one of {forms}")
     if kind == "hub":
-        directory, shards = hub.fetch_shards(
-            rest, home=home, num_shards=num_shards, mirror=mirror, offline=offline
-        )
-        return _parquet_source(f"hub:{rest}", directory, shards, seed, by_file=True)
-    return _open_lines(kind, Path(rest).expanduser(), seed)
+        directory, shards = hub.fetch_shards(rest, home, num_shards, mirror, offline)
+        return _parquet_source(uri, directory, shards, seed, by_file=True)
+    return (
+        _open_parquet(uri, rest, seed)
+        if kind == "parquet"
+        else _open_lines(kind, Path(rest).expanduser(), seed)
+    )
 
 
 class SyntheticSource:
-    """The embedded corpus: document i is a pure function of (seed, i), so training and validation cannot meet."""
+    """The embedded corpus. Document i is a function of (seed, i): training and validation cannot meet."""
 
     name = "synthetic"
 
     def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self._fingerprint = ""
+        from nanochat.data.synthetic import document
+
+        self._document = lambda index: document(seed, index)
+        # of the first documents too, so that a change of the generator is noticed
+        self._fingerprint = _digest("synthetic", seed, [self._document(index) for index in range(16)])
 
     def fingerprint(self) -> str:
-        """Of the seed and the first documents, so that a change of the generator is noticed."""
-        from nanochat.data import synthetic
-
-        if not self._fingerprint:
-            texts = [synthetic.document(self.seed, index) for index in range(16)]
-            self._fingerprint = _digest("synthetic", self.seed, texts)
         return self._fingerprint
 
-    def documents(self, split: str, cursor: Cursor | None = None) -> Iterator[tuple[str, Cursor]]:
-        check_cursor(cursor, self.fingerprint(), split, self.name)
-        first = 0 if split == "val" else NUM_SYNTHETIC_VAL
-        return self._documents(split, cursor["next"] if cursor else first)
+    def documents(self, split: str, cursor: Cursor | None = None) -> Documents:
+        _check(cursor, self, split)
+        return self._after(split, cursor["next"] if cursor else 0 if split == "val" else NUM_SYNTHETIC_VAL)
 
-    def _documents(self, split: str, index: int) -> Iterator[tuple[str, Cursor]]:
-        from nanochat.data import synthetic
-
+    def _after(self, split: str, index: int) -> Documents:
         while split == "train" or index < NUM_SYNTHETIC_VAL:
             index += 1
-            cursor = {"source": self._fingerprint, "split": split, "next": index}
-            yield synthetic.document(self.seed, index - 1), cursor
+            yield self._document(index - 1), {"source": self._fingerprint, "split": split, "next": index}
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a file that is read at once: row group `start` of a parquet file, or `size` bytes from `start`."""
+    """What is read at once: row group `start` of a parquet file, or `size` bytes from `start` of a text."""
 
     path: Path
     start: int
@@ -120,87 +111,89 @@ class Chunk:
 
 
 class FileSource:
-    """Documents in chunks of files. Without val_chunks, a fixed hash of each text decides its split."""
+    """Documents in chunks of files. Without val_chunks, `is_validation` decides where a document belongs.
+
+    by_file keeps the chunks of a file together, so that shards could arrive one by one.
+    """
 
     def __init__(
         self,
         name: str,
         chunks: list[Chunk],
         read: Callable[[Chunk], list[str]],
-        content: str,
+        content: Any,
         seed: int,
         *,
         val_chunks: list[Chunk] | None = None,
         by_file: bool = False,
     ) -> None:
-        self.name, self.seed, self.by_file = name, seed, by_file
+        self.name, self._seed, self._by_file = name, seed, by_file
         self._chunks, self._val_chunks, self._read = chunks, val_chunks, read
         self._fingerprint = _digest(content, seed)
 
     def fingerprint(self) -> str:
         return self._fingerprint
 
-    def documents(self, split: str, cursor: Cursor | None = None) -> Iterator[tuple[str, Cursor]]:
-        check_cursor(cursor, self._fingerprint, split, self.name)
-        return self._documents(split, *(cursor["at"] if cursor else (0, 0, 0)))
+    def documents(self, split: str, cursor: Cursor | None = None) -> Documents:
+        _check(cursor, self, split)
+        return self._after(split, *(cursor["at"] if cursor else (0, 0, 0)))
 
-    def _documents(
-        self, split: str, epoch: int, position: int, document: int
-    ) -> Iterator[tuple[str, Cursor]]:
-        is_complete = (position, document) == (0, 0)  # this pass started at the beginning
-        chunks = self._chunks if split == "train" or self._val_chunks is None else self._val_chunks
-        num_found = 0
+    def _after(self, split: str, epoch: int, place: int, number: int) -> Documents:
+        is_train = split == "train"
+        chunks = self._chunks if is_train or self._val_chunks is None else self._val_chunks
+        num_found = place + number  # a cursor inside an epoch has found some
         while True:
-            order = self._order(epoch) if split == "train" else range(len(chunks))
-            for place in range(position, len(chunks)):
+            order = self._order(epoch) if is_train else list(range(len(chunks)))
+            while place < len(chunks):
                 texts = self._texts(chunks[order[place]], split)
-                num_found += len(texts)
-                inside = range(len(texts))
-                if split == "train":
-                    inside = _permutation(len(texts), self.seed, epoch, order[place])
-                for number in range(document, len(texts)):
-                    at = [epoch, place, number + 1]
-                    yield texts[inside[number]], {"source": self._fingerprint, "split": split, "at": at}
-                document = 0
-            if is_complete and not num_found:
-                raise UserError(
-                    f"{self.name} holds no document for {'training' if split == 'train' else 'validation'}",
-                    f"give more documents (about {VAL_PERCENT} % of them, chosen by a hash of the text, are validation)",
+                inside = (
+                    _permutation(len(texts), self._seed, epoch, order[place])
+                    if is_train
+                    else range(len(texts))
                 )
-            if split == "val":
+                num_found += len(texts)
+                while number < len(texts):
+                    number += 1
+                    cursor = {"source": self._fingerprint, "split": split, "at": [epoch, place, number]}
+                    yield texts[inside[number - 1]], cursor
+                place, number = place + 1, 0
+            if not num_found:
+                what = (
+                    "training" if is_train else f"validation ({VAL_PERCENT} % of them, by a hash of the text)"
+                )
+                raise UserError(f"{self.name} holds no document for {what}", "give more documents")
+            if not is_train:
                 return
-            epoch, position, is_complete = epoch + 1, 0, True
+            epoch, place = epoch + 1, 0
 
     def _texts(self, chunk: Chunk, split: str) -> list[str]:
         texts = [text for text in self._read(chunk) if text and not text.isspace()]
         if self._val_chunks is None:
-            texts = [text for text in texts if is_validation(text) == (split == "val")]
+            return [text for text in texts if is_validation(text) == (split == "val")]
         return texts
 
     def _order(self, epoch: int) -> list[int]:
-        """Chunk numbers of an epoch. by_file keeps a file's chunks together, so that shards can arrive one by one."""
-        order = _permutation(len(self._chunks), self.seed, epoch)
-        if self.by_file:
+        order = _permutation(len(self._chunks), self._seed, epoch)
+        if self._by_file:
             paths = list(dict.fromkeys(chunk.path for chunk in self._chunks))
-            rank = dict(zip(paths, _permutation(len(paths), self.seed, epoch, -1)))
-            order.sort(key=lambda number: rank[self._chunks[number].path])
+            turn = dict(zip(paths, _permutation(len(paths), self._seed, epoch, -1)))
+            order.sort(key=lambda index: turn[self._chunks[index].path])
         return order
 
 
 def is_validation(text: str) -> bool:
-    """The fixed rule for sources without a validation shard: a hash of the text, about 1 %, the same everywhere."""
+    """The rule where no validation shard is named: a hash of the text, the same everywhere and always."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") % 100 < VAL_PERCENT
 
 
-def check_cursor(cursor: Cursor | None, fingerprint: str, split: str, name: str) -> None:
-    """Refuse a cursor of other data, and a split that does not exist."""
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
-    if cursor is not None and (cursor["source"], cursor["split"]) != (fingerprint, split):
+def _check(cursor: Cursor | None, source: Source, split: str) -> None:
+    if split not in ("train", "val"):
+        raise ValueError(f'split must be "train" or "val", got {split!r}')
+    if cursor is not None and (cursor["source"], cursor["split"]) != (source.fingerprint(), split):
         raise UserError(
-            f"the saved position belongs to other data (or another seed) than {name} holds now",
-            "resume with the data, --source and --seed that the run was started with, or start a new run",
+            f"the saved position belongs to other data, or another seed, than {source.name} now",
+            "resume with the data and seed the run was started with, or start a new run",
         )
 
 
@@ -209,80 +202,72 @@ def _permutation(size: int, *key: int) -> list[int]:
 
 
 def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 # parquet
 
 
-def _open_parquet(where: str, seed: int) -> FileSource:
+def _open_parquet(uri: str, where: str, seed: int) -> FileSource:
     path = Path(where).expanduser()
-    shards: list[dict[str, Any]] | None = None
-    if any(sign in where for sign in "*?["):
-        files = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
-        directory = path.parent
-    elif path.is_dir():
-        directory, files = path, sorted(path.glob("*.parquet"))
-        shards = hub.read_manifest(path)["shards"] if (path / hub.MANIFEST).exists() else None
-    else:
-        directory, files = path.parent, [path] if path.exists() else []
-    if shards is not None:
-        return _parquet_source(f"parquet:{where}", directory, hub.verified(shards, directory), seed)
-    if not files:
+    if (path / hub.MANIFEST).exists():
+        shards = hub.verified(hub.read_manifest(path)["shards"], path)
+        return _parquet_source(uri, path, shards, seed)
+    if path.is_dir():
+        root, pattern = path, "*.parquet"
+    else:  # everything before the first part with a wildcard is the root
+        fixed = next((n for n, part in enumerate(path.parts) if set(part) & set("*?[")), len(path.parts) - 1)
+        root, pattern = Path(*path.parts[:fixed]), str(Path(*path.parts[fixed:]))
+    names = sorted(file.relative_to(root).as_posix() for file in root.glob(pattern) if file.is_file())
+    if not names:
         raise UserError(
             f"there is no parquet file at {where}", "give a directory, a file or a glob of .parquet files"
         )
-    shards = [
-        {"name": str(file.relative_to(directory) if file.is_relative_to(directory) else file)}
-        for file in files
-    ]
-    return _parquet_source(f"parquet:{where}", directory, shards, seed)
+    return _parquet_source(uri, root, [{"name": name, "role": "train"} for name in names], seed)
 
 
 def _parquet_source(
-    name: str, directory: Path, shards: list[dict[str, Any]], seed: int, by_file: bool = False
+    uri: str, directory: Path, shards: list[dict[str, Any]], seed: int, by_file: bool = False
 ) -> FileSource:
-    chunks: dict[str, list[Chunk]] = {"train": [], "val": []}
+    chunks: dict[str, list[Chunk]] = {"train": []}
     identity = []
     for shard in shards:
         path = directory / shard["name"]
         groups, footer = _footer(path)
-        chunks[shard.get("role", "train")] += [Chunk(path, group) for group in range(groups)]
-        identity.append([shard["name"], shard.get("role", "train"), shard.get("sha256") or footer])
-    has_val = any(shard.get("role") == "val" for shard in shards)
-    for split in SPLITS if has_val else SPLITS[:1]:
-        if not chunks[split]:
+        chunks.setdefault(shard["role"], []).extend(Chunk(path, group) for group in groups)
+        identity.append([shard["name"], shard["role"], shard.get("sha256") or footer])
+    for role, found in chunks.items():
+        if not found:
             raise UserError(
-                f"{name} has no {split} shard with rows", "fetch more shards: python -m scripts.data --help"
+                f"{uri} has no {role} shard with rows", "fetch shards: python -m scripts.data --help"
             )
-    val = chunks["val"] if has_val else None
     return FileSource(
-        name, chunks["train"], _read_group, _digest(identity), seed, val_chunks=val, by_file=by_file
+        uri, chunks["train"], _read_group, identity, seed, val_chunks=chunks.get("val"), by_file=by_file
     )
 
 
-def _footer(path: Path) -> tuple[int, str]:
-    """(row groups, an identity made of the file's size and its footer: offsets, sizes, statistics)."""
+def _footer(path: Path) -> tuple[list[int], str]:
+    """(row groups that hold rows, an identity: the file's size and a hash of its footer)."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            groups, columns = file.num_row_groups, file.schema_arrow.names
+            metadata, columns = file.metadata, file.schema_arrow.names
         with path.open("rb") as raw:
             size = raw.seek(-8, 2) + 8
-            length = int.from_bytes(raw.read(4), "little")
-            raw.seek(size - 8 - length)
-            footer = hashlib.sha256(raw.read(length)).hexdigest()
+            raw.seek(-8 - int.from_bytes(raw.read(4), "little"), 2)
+            footer = hashlib.sha256(raw.read()).hexdigest()
     except (OSError, pa.ArrowException) as error:
         raise UserError(
-            f"{path} cannot be read as parquet: {error}", "delete it and fetch it again"
+            f"{path} cannot be read as parquet: {_line(error)}", "delete it and fetch it again"
         ) from error
     if "text" not in columns:
         raise UserError(
-            f"{path} has no column 'text' (it has {', '.join(columns)})", "give files with a text column"
+            f"{path} has no column 'text', only {', '.join(columns)}", "give files with that column"
         )
-    return groups, f"{size}-{footer}"
+    groups = [group for group in range(metadata.num_row_groups) if metadata.row_group(group).num_rows]
+    return groups, f"{size} {footer}"
 
 
 def _read_group(chunk: Chunk) -> list[str]:
@@ -291,42 +276,38 @@ def _read_group(chunk: Chunk) -> list[str]:
 
     try:
         with pq.ParquetFile(chunk.path, page_checksum_verification=True) as file:
-            column = file.read_row_group(chunk.start, columns=["text"], use_threads=False).column(0)
-        return [text for text in column.to_pylist() if text is not None]
+            return file.read_row_group(chunk.start, columns=["text"], use_threads=False).column(0).to_pylist()
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(
-            f"{chunk.path} is damaged in row group {chunk.start}: {error}",
-            "delete it and fetch it again (python -m scripts.data --verify finds such files)",
+            f"{chunk.path} is damaged in row group {chunk.start}: {_line(error)}",
+            "delete it and fetch it again (python -m scripts.data --verify)",
         ) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 # text and jsonl
 
 
 def _open_lines(kind: str, path: Path, seed: int) -> FileSource:
-    files = [path] if path.is_file() else []
-    if kind == "text" and path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".md") and file.is_file())
+    files, is_dir = [path] if path.is_file() else [], kind == "text" and path.is_dir()
+    if is_dir:
+        files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
     if not files:
-        what = "a .txt or .md file" if path.is_dir() else "a file"
-        raise UserError(f"{kind}:{path} names no {what}", f"check the path; {kind}: takes " + _TAKES[kind])
-    chunks, identity = [], []
-    for file in files:
-        found, digest = _scan(file, whole=path.is_dir(), blank_lines=kind == "text")
-        chunks += found
-        identity.append([file.name, digest])
-    if path.is_dir():
-        read = _read_whole
-    else:
-        read = _read_blocks if kind == "text" else _read_json
-    return FileSource(f"{kind}:{path}", chunks, read, _digest(kind, identity), seed)
-
-
-_TAKES = {"text": "a text file or a directory of them", "jsonl": "one file with a JSON object a line"}
+        takes = "a file, or a directory with .txt or .md files" if kind == "text" else "one file"
+        raise UserError(f"there is nothing to read at {path}", f"{kind}: takes {takes}")
+    scans = [_scan(file, whole=is_dir, blank_lines=kind == "text") for file in files]
+    content = [kind, [[file.name, digest] for file, (_, digest) in zip(files, scans)]]
+    read = _read_json if kind == "jsonl" else _read_file if is_dir else _read_blocks
+    return FileSource(
+        f"{kind}:{path}", [chunk for chunks, _ in scans for chunk in chunks], read, content, seed
+    )
 
 
 def _scan(path: Path, *, whole: bool, blank_lines: bool) -> tuple[list[Chunk], str]:
-    """(chunks of about a megabyte that end at a line, or a blank line; sha256). Raises UserError at a byte not UTF-8."""
+    """(chunks that end at a line, or at a blank one; sha256). UserError at a byte that is not UTF-8."""
     chunks, digest, start = [], hashlib.sha256(), 0
     with path.open("rb") as file:
         while block := bytearray(file.read(-1 if whole else CHUNK_BYTES)):
@@ -336,7 +317,7 @@ def _scan(path: Path, *, whole: bool, blank_lines: bool) -> tuple[list[Chunk], s
                 if not line.strip():
                     break
             try:
-                block.decode("utf-8")
+                block.decode()
             except UnicodeDecodeError as error:
                 raise UserError(
                     f"{path} is not UTF-8: byte {block[error.start]:#04x} at offset {start + error.start}",
@@ -348,36 +329,33 @@ def _scan(path: Path, *, whole: bool, blank_lines: bool) -> tuple[list[Chunk], s
     return chunks, digest.hexdigest()
 
 
-def _read_whole(chunk: Chunk) -> list[str]:
+def _read_file(chunk: Chunk) -> list[str]:
+    """The chunk as one text."""
     with chunk.path.open("rb") as file:
         file.seek(chunk.start)
         data = file.read(chunk.size)
     try:
         return [data.decode("utf-8-sig" if chunk.start == 0 else "utf-8").replace("\r\n", "\n")]
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{chunk.path} has changed while it was in use", "leave the file alone during a run"
-        ) from error
+        raise UserError(f"{chunk.path} has changed while in use", "leave it alone during a run") from error
 
 
 def _read_blocks(chunk: Chunk) -> list[str]:
-    return [text.strip("\n") for text in re.split(r"\n(?:[ \t]*\n)+", _read_whole(chunk)[0])]
+    return [text.strip("\n") for text in re.split(r"(?:^|\n)(?:[ \t]*\n)+", _read_file(chunk)[0])]
 
 
 def _read_json(chunk: Chunk) -> list[str]:
     texts = []
-    for number, line in enumerate(_read_whole(chunk)[0].split("\n")):
-        if not line.strip():
-            continue
+    for number, line in enumerate(_read_file(chunk)[0].split("\n")):
         try:
-            texts.append(json.loads(line)["text"])
+            texts.append(json.loads(line)["text"] if line.strip() else "")
             if not isinstance(texts[-1], str):
                 raise TypeError
         except (ValueError, KeyError, TypeError) as error:
             with chunk.path.open("rb") as file:
                 number += file.read(chunk.start).count(b"\n") + 1
-            raise UserError(
-                f'{chunk.path}, line {number}: must be an object with a string "text", found {line[:60]!r}',
-                "repair or remove this line",
-            ) from error
+            problem = (
+                f'{chunk.path}, line {number}: must be an object with a string "text", found {line[:60]!r}'
+            )
+            raise UserError(problem, "repair or remove this line") from error
     return texts

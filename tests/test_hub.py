@@ -1,0 +1,208 @@
+"""Hub and mirror: verified bytes or none, a manifest that remembers, offline without a socket."""
+
+import hashlib
+import json
+import socket
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from faulty_server import serve
+
+from nanochat.data import hub
+from nanochat.data.sources import open_source
+from nanochat.errors import UserError
+from nanochat.paths import Home
+
+NAME = "karpathy/climbmix-400b-shuffle"
+SHARDS = ("shard_00000.parquet", "shard_00001.parquet", "shard_00002.parquet", "shard_06542.parquet")
+
+
+def parquet(first):
+    sink = pa.BufferOutputStream()
+    texts = [f"document {n} of a shard" for n in range(first, first + 30)]
+    pq.write_table(pa.table({"text": texts}), sink, row_group_size=10, write_page_checksum=True)
+    return sink.getvalue().to_pybytes()
+
+
+FILES = {f"datasets/{NAME}/{name}": parquet(1000 * number) for number, name in enumerate(SHARDS)}
+FILES[f"datasets/{NAME}/README.md"] = b"a card"
+SUMS = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in FILES.items()).encode()
+MIRROR = FILES | {"SHA256SUMS": SUMS}
+
+
+def api():
+    siblings = []
+    for path, data in FILES.items():
+        entry = {"rfilename": path.removeprefix(f"datasets/{NAME}/"), "size": len(data)}
+        entry["blobId"] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        if path.endswith(".parquet"):
+            entry["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+        siblings.append(entry)
+    return {"id": NAME, "sha": "c" * 40, "siblings": siblings}
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.delenv("NANOCHAT_MIRROR", raising=False)
+    monkeypatch.setattr("nanochat.data.fetch.random.uniform", lambda *_: 0.001)  # waits of milliseconds
+    return Home(tmp_path / "home")
+
+
+@pytest.fixture
+def mirror_dir(tmp_path):
+    for name, data in MIRROR.items():
+        path = tmp_path / "mirror" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return tmp_path / "mirror"
+
+
+def contents(directory, entries):
+    return {entry["name"]: (directory / entry["name"]).read_bytes() for entry in entries}
+
+
+def expected(*names):
+    return {name: FILES[f"datasets/{NAME}/{name}"] for name in names}
+
+
+def test_a_mirror_url_gives_verified_shards_and_a_manifest(home):
+    with serve(MIRROR) as (server, url):
+        directory, entries = hub.fetch_shards(NAME, home=home, num_shards=2, mirror=url)
+        assert contents(directory, entries) == expected(*SHARDS[:2], SHARDS[3])
+        asked = len(server.requests)
+        hub.fetch_shards(NAME, home=home, num_shards=2, mirror=url)
+        assert len(server.requests) == asked  # nothing is asked twice
+    manifest = hub.read_manifest(directory)
+    assert manifest["revision"] is None
+    shards = {entry["name"]: entry for entry in manifest["shards"]}
+    assert [name for name, entry in shards.items() if entry["role"] == "val"] == ["shard_06542.parquet"]
+    assert shards[SHARDS[0]]["rows"] == 30 and shards[SHARDS[0]]["row_groups"] == 3
+    assert shards[SHARDS[2]]["rows"] is None and not shards[SHARDS[2]]["verified"]
+
+
+def test_shards_arrive_whole_from_a_faulty_mirror(home):
+    faults = [None, "cut", "503", "drop", "flip", "cut_no_length", "500", "cut_chunked"]
+    with serve(MIRROR, faults) as (_, url):
+        directory, entries = hub.fetch_shards(NAME, home=home, mirror=url)
+    assert contents(directory, entries) == expected(*SHARDS)
+
+
+def test_a_mirror_that_holds_other_bytes_than_it_says_is_refused(home, mirror_dir):
+    (mirror_dir / "datasets" / NAME / SHARDS[1]).write_bytes(parquet(77))
+    with pytest.raises(UserError, match="does not agree with its recorded size and hash"):
+        hub.fetch_shards(NAME, home=home, mirror=str(mirror_dir))
+    assert not list(home.data_dir.rglob(SHARDS[1]))
+    with serve(MIRROR | {f"datasets/{NAME}/{SHARDS[1]}": parquet(77)}) as (_, url):
+        with pytest.raises(UserError, match="does not have the sha256"):
+            hub.fetch_shards(NAME, home=home, mirror=url)
+    assert not list(home.data_dir.rglob(SHARDS[1]))
+
+
+def test_a_mirror_directory_without_checksums_is_recorded_at_first_contact(home, mirror_dir):
+    (mirror_dir / "SHA256SUMS").unlink()
+    directory, entries = hub.fetch_shards(NAME, home=home, num_shards=1, mirror=str(mirror_dir))
+    assert entries[0]["sha256"] == hashlib.sha256(expected(SHARDS[0])[SHARDS[0]]).hexdigest()
+    (directory / SHARDS[0]).unlink()
+    (mirror_dir / "datasets" / NAME / SHARDS[0]).write_bytes(parquet(77))
+    with pytest.raises(UserError, match="does not agree"):
+        hub.fetch_shards(NAME, home=home, num_shards=1, mirror=str(mirror_dir))
+
+
+def test_the_hub_itself_revision_recorded_and_content_checked(home, monkeypatch):
+    with serve(FILES, api=api()) as (server, url):
+        monkeypatch.setenv("HF_ENDPOINT", url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        directory, entries = hub.fetch_shards(NAME, home=home, num_shards=1)
+        assert contents(directory, entries) == expected(SHARDS[0], SHARDS[3])
+        assert hub.read_manifest(directory)["revision"] == "c" * 40
+        assert hub.dataset_files(NAME, "README.md", home=home)[0].read_bytes() == b"a card"
+        server.files[f"datasets/{NAME}/{SHARDS[1]}"] = parquet(77)
+        with pytest.raises(UserError, match="does not agree with its recorded size and hash"):
+            hub.fetch_shards(NAME, home=home, num_shards=2)
+        assert not (directory / SHARDS[1]).exists()
+        server.files[f"datasets/{NAME}/{SHARDS[1]}"] = FILES[f"datasets/{NAME}/{SHARDS[1]}"]
+        server.faults[:] = ["flip"]
+        directory, entries = hub.fetch_shards(NAME, home=home, num_shards=2)
+        assert contents(directory, entries) == expected(*SHARDS[:2], SHARDS[3])
+        pinned, _ = hub.fetch_shards(f"{NAME}@{'c' * 40}", home=home, num_shards=1)
+        assert pinned != directory
+
+
+def test_offline_opens_no_socket(home, mirror_dir, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a socket was opened")
+
+    with serve(MIRROR) as (_, url):
+        hub.fetch_shards(NAME, home=home, num_shards=1, mirror=url)
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    source = open_source(f"hub:{NAME}", home=home, seed=0, num_shards=1, mirror=url, offline=True)
+    assert next(source.documents("val"))[0].startswith("document 3000")
+    with pytest.raises(UserError, match="--offline forbids"):
+        hub.fetch_shards(NAME, home=home, num_shards=2, mirror=url, offline=True)
+    with pytest.raises(UserError, match="--offline forbids"):
+        hub.dataset_files("openai/gsm8k", "*", home=home, offline=True)
+    directory, entries = hub.fetch_shards(NAME, home=home, mirror=str(mirror_dir), offline=True)
+    assert contents(directory, entries) == expected(*SHARDS)
+
+
+def test_verify_finds_damage_and_the_next_fetch_repairs_it(home, mirror_dir):
+    repo = hub.open_repo(NAME, home, str(mirror_dir))
+    directory, entries = hub.fetch_shards(NAME, home=home, mirror=str(mirror_dir))
+    assert hub.verify(repo) == []
+    damaged = bytearray((directory / SHARDS[0]).read_bytes())
+    damaged[100] ^= 1
+    (directory / SHARDS[0]).write_bytes(damaged)
+    (directory / SHARDS[2]).unlink()
+    assert hub.verify(repo) == [SHARDS[0], SHARDS[2]]
+    assert (directory / f"corrupt-{SHARDS[0]}").exists()
+    directory, entries = hub.fetch_shards(NAME, home=home, mirror=str(mirror_dir))
+    assert contents(directory, entries) == expected(*SHARDS) and hub.verify(repo) == []
+
+
+def test_plain_files_from_a_mirror_packed_or_not(home, mirror_dir):
+    import gzip
+
+    (mirror_dir / "words").mkdir()
+    (mirror_dir / "words/words_alpha.txt.gz").write_bytes(gzip.compress(b"a\r\nb\r\n"))
+    (mirror_dir / "eval_bundle.zip").write_bytes(b"zip")
+    sums = [
+        (name, (mirror_dir / name).read_bytes()) for name in ("eval_bundle.zip", "words/words_alpha.txt.gz")
+    ]
+    lines = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in sums)
+    (mirror_dir / "SHA256SUMS").write_text(lines)
+    assert (
+        hub.plain_file("words/words_alpha.txt", home=home, mirror=str(mirror_dir)).read_bytes()
+        == b"a\r\nb\r\n"
+    )
+    assert hub.plain_file("eval_bundle.zip", home=home, mirror=str(mirror_dir)).read_bytes() == b"zip"
+
+
+def test_plain_files_from_their_addresses(home, monkeypatch):
+    with serve({"bundle": b"zip"}) as (server, url):
+        monkeypatch.setattr(hub, "PLAIN_URLS", {"eval_bundle.zip": f"{url}/bundle"})
+        path = hub.plain_file("eval_bundle.zip", home=home)
+        assert path.read_bytes() == b"zip"
+        path.unlink()
+        server.files["bundle"] = b"new"  # the first contact's hash is enforced from then on
+        with pytest.raises(UserError, match="does not have the sha256"):
+            hub.plain_file("eval_bundle.zip", home=home)
+
+
+def test_names_that_cannot_be(home, mirror_dir):
+    for name in ("climbmix", "../x/y", "a/b/c", "a/.."):
+        with pytest.raises(UserError, match="OWNER/NAME"):
+            hub.open_repo(name, home)
+    with pytest.raises(UserError, match="no file that matches"):
+        hub.dataset_files(NAME, "*.csv", home=home, mirror=str(mirror_dir))
+    with pytest.raises(UserError, match="3 training files"):
+        hub.fetch_shards(NAME, home=home, num_shards=9, mirror=str(mirror_dir))
+    with pytest.raises(UserError, match="not a directory"):
+        hub.fetch_shards(NAME, home=home, mirror="/nowhere/at/all")
+    directory = home.data_dir / "x"
+    directory.mkdir(parents=True)
+    for entry in ({"name": "../../etc/passwd", "role": "train"}, {"name": "a", "role": "test"}, {}, []):
+        (directory / hub.MANIFEST).write_text(json.dumps({"shards": [entry]}))
+        with pytest.raises(UserError, match="is not a manifest"):
+            hub.read_manifest(directory)

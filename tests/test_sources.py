@@ -1,0 +1,215 @@
+"""Sources: every URI, exact cursors, splits that never meet, and bad input named in two lines."""
+
+import collections
+import itertools
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat.data import sources
+from nanochat.data.sources import is_validation, open_source
+from nanochat.errors import UserError
+from nanochat.paths import Home
+
+TEXTS = [f"document number {n}\nwith a second line {n * n}" for n in range(900)]
+
+
+def write_parquet(path, texts, group=50, column="text"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({column: texts}), path, row_group_size=group, write_page_checksum=True)
+
+
+@pytest.fixture
+def home(tmp_path):
+    return Home(tmp_path / "home")
+
+
+@pytest.fixture(params=["parquet", "jsonl", "text", "directory"])
+def uri(request, tmp_path, monkeypatch):
+    """A source of TEXTS in every form."""
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 5000)  # so that a small file has many chunks
+    if request.param == "parquet":
+        for shard in range(3):
+            write_parquet(tmp_path / f"data/{shard}.parquet", TEXTS[300 * shard : 300 * (shard + 1)])
+        return f"parquet:{tmp_path}/data"
+    if request.param == "jsonl":
+        (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+        return f"jsonl:{tmp_path}/data.jsonl"
+    if request.param == "text":
+        (tmp_path / "data.txt").write_text("\n\n \n".join(TEXTS))
+        return f"text:{tmp_path}/data.txt"
+    (tmp_path / "many/deeper").mkdir(parents=True)
+    for number, text in enumerate(TEXTS):
+        (tmp_path / "many" / ("deeper" if number % 2 else "") / f"{number}.txt").write_text(text)
+    return f"text:{tmp_path}/many"
+
+
+def take(documents, count):
+    return list(itertools.islice(documents, count))
+
+
+def test_every_document_once_an_epoch_in_one_split_only(uri, home):
+    source = open_source(uri, home=home, seed=1)
+    val = [text for text, _ in source.documents("val")]
+    train = take(source.documents("train"), 2 * (len(TEXTS) - len(val)))
+    first, second = train[: len(train) // 2], train[len(train) // 2 :]
+    assert collections.Counter(val + [text for text, _ in first]) == collections.Counter(TEXTS)
+    assert 0 < len(val) < 30 and all(map(is_validation, val))
+    assert {text for text, _ in first} == {text for text, _ in second}
+    assert [text for text, _ in first] != [text for text, _ in second]  # reshuffled
+    assert take(open_source(uri, home=home, seed=1).documents("train"), 50) == train[:50]
+    assert take(open_source(uri, home=home, seed=2).documents("train"), 50) != train[:50]
+
+
+def test_a_cursor_resumes_right_after_its_document(uri, home):
+    source = open_source(uri, home=home, seed=1)
+    straight = take(source.documents("train"), 1000)
+    for stop in (0, 1, 49, 50, 299, 600, 880, 890, 940):  # within an epoch, at its end, in the next
+        cursor = json.loads(json.dumps(straight[stop][1]))
+        assert take(source.documents("train", cursor), 20) == straight[stop + 1 : stop + 21]
+    val = list(source.documents("val"))
+    assert list(source.documents("val", val[2][1])) == val[3:]
+
+
+def test_a_cursor_of_other_data_seed_or_split_is_refused(uri, home, tmp_path):
+    cursor = next(open_source(uri, home=home, seed=1).documents("train"))[1]
+    with pytest.raises(UserError, match="other data"):
+        open_source(uri, home=home, seed=2).documents("train", cursor)
+    with pytest.raises(UserError, match="other data"):
+        open_source(uri, home=home, seed=1).documents("val", cursor)
+    with pytest.raises(UserError, match="other data"):
+        open_source("synthetic", home=home, seed=1).documents("train", cursor)
+    with pytest.raises(ValueError, match="split"):
+        open_source(uri, home=home, seed=1).documents("test")
+
+
+def test_synthetic_is_endless_repeatable_and_split_by_index(home, monkeypatch):
+    source = open_source("synthetic", home=home, seed=5)
+    straight = take(source.documents("train"), 30)
+    assert take(source.documents("train", straight[9][1]), 20) == straight[10:]
+    assert take(open_source("synthetic", home=home, seed=6).documents("train"), 30) != straight
+    monkeypatch.setattr(sources, "NUM_SYNTHETIC_VAL", 40)
+    val = [cursor["next"] for _, cursor in source.documents("val")]
+    train = [cursor["next"] for _, cursor in take(source.documents("train"), 40)]
+    assert val == list(range(1, 41)) and train == list(range(41, 81))
+
+
+def test_a_manifest_names_the_validation_shard_and_guards_the_files(home, tmp_path):
+    for shard in range(3):
+        write_parquet(tmp_path / f"{shard}.parquet", TEXTS[300 * shard : 300 * (shard + 1)])
+
+    def manifest(**roles):
+        shards = [{"name": f"{shard}.parquet", "role": role} for shard, role in zip("012", roles.values())]
+        (tmp_path / "shards.json").write_text(json.dumps({"revision": None, "shards": shards}))
+
+    manifest(a="train", b="val", c="train")
+    source = open_source(f"parquet:{tmp_path}", home=home, seed=0)
+    assert [text for text, _ in source.documents("val")] == TEXTS[300:600]
+    assert {text for text, _ in take(source.documents("train"), 600)} == {*TEXTS[:300], *TEXTS[600:]}
+    manifest(a="val", b="val", c="val")
+    with pytest.raises(UserError, match="no train shard"):
+        open_source(f"parquet:{tmp_path}", home=home, seed=0)
+    manifest(a="train", b="val", c="train")
+    (tmp_path / "1.parquet").unlink()  # the next file must not become validation
+    with pytest.raises(UserError, match=r"1\.parquet is missing"):
+        open_source(f"parquet:{tmp_path}", home=home, seed=0)
+    (tmp_path / "shards.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        open_source(f"parquet:{tmp_path}", home=home, seed=0)
+
+
+def test_shards_of_a_hub_source_stay_together(tmp_path):
+    for shard in range(3):
+        write_parquet(tmp_path / f"{shard}.parquet", TEXTS[300 * shard : 300 * (shard + 1)])
+    entries = [{"name": f"{shard}.parquet", "role": "train"} for shard in range(3)]
+    source = sources._parquet_source("hub:x", tmp_path, entries, seed=3, by_file=True)
+    order = [TEXTS.index(text) // 300 for text, _ in take(source.documents("train"), 800)]
+    assert sum(one != other for one, other in itertools.pairwise(order)) == 2
+
+
+def damage(path, rng):
+    data = bytearray(path.read_bytes())
+    start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    data[rng.randrange(4, start)] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_in_a_parquet_page_is_never_read_silently(home, tmp_path):
+    import random
+
+    rng = random.Random(0)
+    write_parquet(tmp_path / "good.parquet", TEXTS[:200])
+    expected = sorted(text for text in TEXTS[:200] if not is_validation(text))
+    good = (tmp_path / "good.parquet").read_bytes()
+    found = 0
+    for _ in range(60):
+        (tmp_path / "bad.parquet").write_bytes(good)
+        damage(tmp_path / "bad.parquet", rng)
+        source = open_source(f"parquet:{tmp_path}/bad.parquet", home=home, seed=0)
+        try:
+            assert sorted(text for text, _ in take(source.documents("train"), len(expected))) == expected
+        except UserError as error:
+            assert "bad.parquet is damaged in row group" in error.problem
+            found += 1
+    assert found > 50  # the few others hit bytes that carry nothing
+
+
+@pytest.mark.parametrize(
+    ("make", "uri", "problem"),
+    [
+        (None, "nothing", "no data source 'nothing'"),
+        (None, "synthetic:x", "no data source 'synthetic:x'"),
+        (None, "parquet:", "no data source 'parquet:'"),
+        (None, "parquet:{}/missing", "no parquet file at"),
+        (lambda p: (p / "empty").mkdir(), "parquet:{}/empty", "no parquet file at"),
+        (lambda p: (p / "empty").mkdir(), "text:{}/empty", "nothing to read at"),
+        (None, "jsonl:{}/missing", "nothing to read at"),
+        (lambda p: (p / "a.parquet").write_bytes(b"PAR1 no"), "parquet:{}", "cannot be read as parquet"),
+        (lambda p: write_parquet(p / "a.parquet", ["x"], column="body"), "parquet:{}", "no column 'text'"),
+        (lambda p: write_parquet(p / "a.parquet", []), "parquet:{}", "no train shard with rows"),
+        (lambda p: (p / "a.txt").write_bytes(b"good\n\nb\xe4d"), "text:{}/a.txt", "byte 0xe4 at offset 7"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(make, uri, problem, home, tmp_path):
+    if make:
+        make(tmp_path)
+    with pytest.raises(UserError) as caught:
+        open_source(uri.format(tmp_path), home=home, seed=0)
+    assert problem in caught.value.problem and caught.value.hint
+    assert "\n" not in caught.value.problem + caught.value.hint
+
+
+def test_bad_documents_are_named_when_they_are_reached(home, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good"}\n\n{"body": 1}\n')
+    with pytest.raises(UserError, match="line 3: must be an object"):
+        take(open_source(f"jsonl:{path}", home=home, seed=0).documents("train"), 1)
+    path.write_text('{"text": " "}\n{"text": ""}\n')
+    for split, word in (("train", "training"), ("val", "validation")):
+        with pytest.raises(UserError, match=f"holds no document for {word}"):
+            take(open_source(f"jsonl:{path}", home=home, seed=0).documents(split), 1)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=30), max_size=30),
+    st.integers(1, 40),
+)
+def test_any_text_survives_any_chunking(tmp_path_factory, texts, size):
+    path = tmp_path_factory.mktemp("any") / "a"
+    path.write_bytes("\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts).encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "CHUNK_BYTES", size)
+        chunks, _ = sources._scan(path, whole=False, blank_lines=False)
+        assert [text for chunk in chunks for text in sources._read_json(chunk) if text] == [
+            text for text in texts if text
+        ]
+        path.write_bytes("\n\n".join(texts).encode())
+        chunks, _ = sources._scan(path, whole=False, blank_lines=True)
+        whole, _ = sources._scan(path, whole=True, blank_lines=True)
+        split = [text for chunk in chunks for text in sources._read_blocks(chunk) if text.strip()]
+        assert split == [text for chunk in whole for text in sources._read_blocks(chunk) if text.strip()]
