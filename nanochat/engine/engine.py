@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from nanochat import chat
 from nanochat.engine.runner import PlainRunner, Runner
 from nanochat.engine.sampling import Sampling, sample
 from nanochat.engine.tools import ToolState
@@ -139,7 +140,7 @@ class Engine:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.stop_ids = frozenset(
-            (tokenizer.encode_special("<|assistant_end|>"), tokenizer.get_bos_token_id())
+            (tokenizer.encode_special(chat.ASSISTANT_END), tokenizer.get_bos_token_id())
         )
 
     @property

@@ -5,14 +5,16 @@ never shown; they only say which part (text, python, python_output) the followin
 """
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from nanochat import chat
+
 _PART_AFTER = {
-    "<|python_start|>": "python",
-    "<|python_end|>": "text",
-    "<|output_start|>": "python_output",
-    "<|output_end|>": "text",
+    chat.PYTHON_START: "python",
+    chat.PYTHON_END: "text",
+    chat.OUTPUT_START: "python_output",
+    chat.OUTPUT_END: "text",
 }
 
 
@@ -70,6 +72,23 @@ def parts_of(ids: Iterable[int], tok: Any) -> list[dict[str, str]]:
 def answer_of(ids: Iterable[int], tok: Any) -> str:
     """The text parts of an answer joined, without tool code and outputs."""
     return "".join(part["text"] for part in parts_of(ids, tok) if part["type"] == "text")
+
+
+# Terminals obey control characters, and a model may write any: only line ends and tabs pass.
+_HARMLESS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd")
+
+
+def for_terminal(pieces: Iterable[tuple[str, str]]) -> Iterator[tuple[str, bool]]:
+    """(text, is_tool) for the pieces of an answer; a call of the tool becomes [12 + 34 = 46]."""
+    last = "text"
+    for part, text in pieces:
+        if part != last:
+            joint = {"python": "[", "python_output": " = ", "text": "] "}[part]
+            yield ("] [" if (last, part) == ("python_output", "python") else joint), True
+            last = part
+        yield text.translate(_HARMLESS), part != "text"
+    if last != "text":
+        yield "]", True
 
 
 class StopFilter:

@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from nanochat import chat
+
 MAX_CHARS = 256
 MAX_NODES = 64
 MAX_DEPTH = 32
@@ -207,8 +209,8 @@ class ToolState:
 
     def __init__(self, tok: Any) -> None:
         self._tok = tok
-        self._start = tok.encode_special("<|python_start|>")
-        self._end = tok.encode_special("<|python_end|>")
+        self._start = tok.encode_special(chat.PYTHON_START)
+        self._end = tok.encode_special(chat.PYTHON_END)
         self._code: list[int] | None = None
 
     def feed(self, token: int) -> list[int]:
@@ -226,5 +228,5 @@ class ToolState:
             self._code = None
             if result:
                 special = self._tok.encode_special
-                return [special("<|output_start|>"), *self._tok.encode(result), special("<|output_end|>")]
+                return [special(chat.OUTPUT_START), *self._tok.encode(result), special(chat.OUTPUT_END)]
         return []

@@ -1,0 +1,200 @@
+"""A conversation of one person with a model: what has been said, and the next answer as it comes.
+
+It knows no terminal and no server. Answers are recomputed from the whole conversation; what no longer fits
+into the context is left out of the prompt from the oldest turn on, never from what can be saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat import chat, models, runtime
+from nanochat.engine.engine import Engine
+from nanochat.engine.text import PartDecoder, parts_of
+from nanochat.errors import UserError
+from nanochat.paths import Home, read_json, write_json
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A trained model that is ready to answer, and the stage and step it comes from."""
+
+    engine: Engine
+    stage: str
+    step: int
+
+    @property
+    def warning(self) -> str | None:
+        """What a person should know before the first answer."""
+        if self.stage == "base":
+            return "this is a base model: it continues text, nobody has taught it to answer yet"
+        return None
+
+
+def open_engine(
+    home: Home,
+    tag: str,
+    stage: str | None,
+    step: int | None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Opened:
+    """The engine of a stage (None: the most trained one that has a checkpoint). Raises UserError without one.
+
+    dtype None is float32 except on a GPU: casting weights costs more than narrow products save at a few rows.
+    """
+    stage = stage or models.newest_stage(home, tag)
+    has_gpu = device == "cuda" or (device is None and torch.cuda.is_available())
+    rt = runtime.start(device, dtype or (None if has_gpu else "float32"))
+    model, tok, found = models.load_model(home, tag, stage, rt=rt, step=step)
+    return Opened(Engine(model, tok), stage, found.step)
+
+
+HELP = """\
+/system TEXT      what the model shall keep in mind (nothing: forget it)
+/temperature X    0 is always the likeliest token
+/topk N           draw from the N likeliest tokens (0: all)
+/regen            answer the last message again
+/clear            begin a new conversation
+/save FILE        write the conversation as JSON; /load FILE goes on with it
+/quit             leave, as Ctrl-D does
+Ctrl-C stops an answer; Alt-Enter begins a new line."""
+
+
+class Session:
+    """Messages, the sampling settings, and `ask`. Reply number n draws with seed + n, so that each differs.
+    """
+
+    def __init__(self, engine: Engine, *, temperature: float, top_k: int, max_tokens: int, seed: int) -> None:
+        self.engine, self.tok = engine, engine.tokenizer
+        self.temperature, self.top_k, self.max_tokens, self.seed = temperature, top_k, max_tokens, seed
+        self.system: str | None = None
+        self.messages: list[dict[str, Any]] = []
+        self.num_left_out = 0  # oldest messages that the last prompt had no room for
+        self._num_replies = 0
+
+    @property
+    def conversation(self) -> chat.Conversation:
+        return {"messages": self._with_system(self.messages)}
+
+    def ask(self, text: str) -> Iterator[tuple[str, str]]:
+        """Say `text` and yield the answer as (part type, text) pieces.
+
+        What has come so far becomes the answer if the iterator is closed or interrupted. Raises UserError for
+        a message that does not fit into the context by itself.
+        """
+        self.messages.append({"role": "user", "content": text})
+        try:
+            prompt = self._prompt()
+        except UserError:
+            self.messages.pop()
+            raise
+        return self._answer(prompt)
+
+    def ask_again(self) -> Iterator[tuple[str, str]]:
+        """Another answer to the last message. Raises UserError when nothing has been said."""
+        if not self.messages:
+            raise UserError("there is no answer to repeat", "say something first")
+        last = len(self.messages) - (2 if self.messages[-1]["role"] == "assistant" else 1)
+        text = self.messages[last]["content"]
+        del self.messages[last:]
+        return self.ask(chat.text_of(text))
+
+    def _answer(self, prompt: list[int]) -> Iterator[tuple[str, str]]:
+        special = self.tok.encode_special
+        columns = self.engine.generate(
+            prompt,
+            max_tokens=min(self.max_tokens, self.engine.context - len(prompt)),
+            temperature=self.temperature,
+            top_k=self.top_k,
+            seed=self.seed + self._num_replies,
+            banned=(special(chat.OUTPUT_START), special(chat.OUTPUT_END)),  # only the tool says these
+        )
+        self._num_replies += 1
+        ids: list[int] = []
+        decoder = PartDecoder(self.tok)
+        try:
+            for column, _ in columns:
+                ids.append(column[0])
+                yield from decoder.push(column[0])
+            yield from decoder.flush()
+        finally:
+            self.messages.append({"role": "assistant", "content": parts_of(ids, self.tok)})
+
+    def _prompt(self) -> list[int]:
+        """The ids to continue, with room for the answer: its limit, or a quarter of the context if that is
+        less.
+        """
+        room = min(self.max_tokens, self.engine.context // 4)
+        for first in range(0, len(self.messages), 2):
+            kept = {"messages": self._with_system(self.messages[first:])}
+            ids = chat.render_for_completion(kept, self.tok)
+            if len(ids) + room <= self.engine.context:
+                self.num_left_out = first
+                return ids
+        raise UserError(
+            f"the message is too long: {len(ids)} tokens, and the model reads {self.engine.context - room}",
+            "cut it into pieces",
+        )
+
+    def _with_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [*([{"role": "system", "content": self.system}] if self.system else []), *messages]
+
+    def save(self, path: Path) -> None:
+        """Write the conversation as JSON."""
+        write_json(path, self.conversation)
+
+    def load(self, path: Path) -> None:
+        """Go on with a conversation that `save` wrote. Raises UserError for anything else."""
+        conversation = read_json(path)
+        try:
+            chat.turns(conversation)
+        except ValueError as error:
+            raise UserError(
+                f"{path} holds no conversation: {error}", "give a file that /save has written"
+            ) from error
+        messages = list(conversation["messages"])
+        self.system = chat.text_of(messages.pop(0)["content"]) if messages[0]["role"] == "system" else None
+        self.messages = messages[: len(messages) // 2 * 2]  # an unanswered last message is dropped
+
+    def obey(self, line: str) -> str:
+        """Carry out a /command that needs no answer; returns what to tell. Raises UserError if it makes no
+        sense.
+        """
+        command, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if command == "/help":
+            return HELP
+        if command == "/clear":
+            self.messages.clear()
+            return "a new conversation"
+        if command == "/system":
+            self.system = rest or None
+            return f"keeping in mind: {rest}" if rest else "nothing to keep in mind"
+        if command == "/temperature":
+            self.temperature = _number(rest, float)
+            return f"temperature {self.temperature:g}"
+        if command == "/topk":
+            self.top_k = int(_number(rest, int))
+            return f"top-k {self.top_k}"
+        if command in ("/save", "/load"):
+            if not rest:
+                raise UserError(f"{command} needs the name of a file", f"write {command} FILE")
+            (self.save if command == "/save" else self.load)(Path(rest).expanduser())
+            return f"{len(self.messages)} messages {'written' if command == '/save' else 'read'}"
+        raise UserError(f"there is no command {command}", "see /help")
+
+
+def _number(text: str, kind: type[int] | type[float]) -> float:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < float("inf"):
+        raise UserError(f"expected a number of at least 0, found {text!r}", "see /help")
+    return value
