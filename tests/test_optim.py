@@ -333,6 +333,11 @@ def test_bad_groups_are_refused():
     ):
         with pytest.raises(ValueError, match=named):
             MuonAdamW([group])
+    shared = param(2)
+    with pytest.raises(ValueError, match="1/0"):
+        MuonAdamW([{"kind": "adamw", "params": [shared], "lr": 1} for _ in range(2)])
+    with pytest.raises(ValueError, match="all groups at once"):
+        MuonAdamW([{"kind": "adamw", "params": [shared], "lr": 1}]).add_param_group({})
 
 
 def test_unnamed_parameters_get_names_and_train():
