@@ -32,6 +32,9 @@ if [ ! -x $python ]; then
 fi
 $python -c "$supported" || die ".venv holds a Python that is not from 3.10 to 3.14" "delete .venv and run this again"
 
+if command -v flock >/dev/null; then
+    exec 9>.venv/install.lock && flock 9 # two at once would spoil each other's build
+fi
 if command -v uv >/dev/null; then
     install() { uv pip install --quiet --python $python "$@"; }
 else
