@@ -12,13 +12,15 @@ LETTERS = ["A", "B", "C", "D", "E"]
 
 
 class ARC(HubTask):
-    """`subset` "ARC-Easy" or "ARC-Challenge". Rows label their choices with letters or digits; we ask in letters."""
+    """`subset` "ARC-Easy" or "ARC-Challenge". Rows label choices by letters or digits; we by letters."""
 
     kind = "categorical"
 
     def __init__(self, subset: str, split: str, home: Home | None = None, **slice_: Any):
         if subset not in ("ARC-Easy", "ARC-Challenge") or split not in ("train", "validation", "test"):
-            raise ValueError(f"ARC-Easy or ARC-Challenge, train, validation or test; found {subset!r}, {split!r}")
+            raise ValueError(
+                f"ARC-Easy or ARC-Challenge, train, validation or test; found {subset!r}, {split!r}"
+            )
         columns = ("question", "choices", "answerKey")
         super().__init__("allenai/ai2_arc", f"{subset}/{split}-*.parquet", columns, home, **slice_)
         self.name = subset.lower()

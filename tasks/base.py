@@ -1,4 +1,4 @@
-"""Task: a sliced sequence of conversations, some with a way to grade an answer. Mixture: several, shuffled."""
+"""Task: a sliced sequence of conversations, with a way to grade answers. Mixture: several tasks, shuffled."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class Task(ABC):
 
     def __init__(self, start: int = 0, stop: int | None = None, step: int = 1):
         if start < 0 or (stop is not None and stop < start) or step < 1:
-            raise ValueError(f"a slice must have 0 <= start <= stop and step >= 1, found {start}:{stop}:{step}")
+            raise ValueError(
+                f"a slice must have 0 <= start <= stop and step >= 1, found {start}:{stop}:{step}"
+            )
         self.start, self.stop, self.step = start, stop, step
 
     @abstractmethod

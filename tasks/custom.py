@@ -43,10 +43,12 @@ def read_conversations(path: Path) -> list[Conversation]:
     try:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path} line {line} is not UTF-8", "save the file as UTF-8") from error
+        bad = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path} line {bad} is not UTF-8", "save the file as UTF-8") from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}", "give the path of a JSONL file") from error
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}", "give the path of a JSONL file"
+        ) from error
     made = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -58,7 +60,9 @@ def read_conversations(path: Path) -> list[Conversation]:
         except (json.JSONDecodeError, RecursionError) as error:
             problem = f"not JSON ({error})"
         if problem:
-            raise UserError(f"{path} line {number}: {problem}", "see the top of tasks/custom.py for the format")
+            raise UserError(
+                f"{path} line {number}: {problem}", "see the top of tasks/custom.py for the format"
+            )
         made.append(found)
     if not made:
         raise UserError(f"{path} has no conversations", "write one JSON object a line")

@@ -11,18 +11,20 @@ from tasks.rows import HubTask
 LETTERS = ["A", "B", "C", "D"]
 
 
+SPLITS = ("auxiliary_train", "test", "validation", "dev")
+
+
 class MMLU(HubTask):
-    """`subset` "all" (splits test, dev, validation) or "auxiliary_train" (split train)."""
+    """A split of the configuration "all"; auxiliary_train is the large one, for training."""
 
     name = "mmlu"
     kind = "categorical"
 
-    def __init__(self, subset: str, split: str, home: Home | None = None, **slice_: Any):
-        splits = {"all": ("test", "dev", "validation"), "auxiliary_train": ("train",)}
-        if split not in splits.get(subset, ()):
-            raise ValueError(f"subset and split must be one of {splits}, found {subset!r}, {split!r}")
+    def __init__(self, split: str, home: Home | None = None, **slice_: Any):
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {SPLITS}, found {split!r}")
         columns = ("question", "subject", "choices", "answer")
-        super().__init__("cais/mmlu", f"{subset}/{split}-*.parquet", columns, home, **slice_)
+        super().__init__("cais/mmlu", f"all/{split}-*.parquet", columns, home, **slice_)
 
     def get_example(self, index: int) -> Conversation:
         row = self.row(index)

@@ -19,16 +19,17 @@ def read_table(files: list[Path], columns: tuple[str, ...]) -> Any:
     tables = []
     for path in files:
         try:
-            tables.append(pq.read_table(path, columns=list(columns)))
-        except (pa.ArrowException, OSError, KeyError) as error:
+            missing = set(columns) - set(pq.read_schema(path).names)
+            if not missing:
+                tables.append(pq.read_table(path, columns=list(columns)).replace_schema_metadata(None))
+        except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path} cannot be read: {error}", "delete the file and run again") from error
-        missing = set(columns) - set(tables[-1].column_names)
         if missing:
             raise UserError(
                 f"{path} must have the columns {', '.join(columns)}; it lacks {', '.join(sorted(missing))}",
                 "delete the file and run again, or check the address of the mirror",
             )
-    return pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+    return pa.concat_tables(tables)
 
 
 class HubTask(Task):

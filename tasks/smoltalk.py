@@ -18,7 +18,9 @@ class SmolTalk(HubTask):
     def __init__(self, split: str, home: Home | None = None, **slice_: Any):
         if split not in ("train", "test"):
             raise ValueError(f"split must be train or test, found {split!r}")
-        super().__init__("HuggingFaceTB/smol-smoltalk", f"data/{split}-*.parquet", ("messages",), home, **slice_)
+        super().__init__(
+            "HuggingFaceTB/smol-smoltalk", f"data/{split}-*.parquet", ("messages",), home, **slice_
+        )
 
     def get_example(self, index: int) -> Conversation:
         messages = [{"role": m["role"], "content": m["content"]} for m in self.row(index)["messages"]]

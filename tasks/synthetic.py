@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.data.synthetic import conversation
-from nanochat.data.synthetic.heldout import as_conversation, held_out_sets
+from nanochat.data.synthetic.heldout import as_conversation, heldout_sets
 from tasks.base import Conversation, Task
 
 WORD = re.compile(r"[^\W_]+")
@@ -39,7 +39,7 @@ class HeldOut(Task):
 
     @cached_property
     def records(self) -> list[dict[str, Any]]:
-        path = resources.files("tasks").joinpath("heldout", f"{self.file}.jsonl")
+        path = resources.files("tasks").joinpath("heldout").joinpath(f"{self.file}.jsonl")
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
     def num_examples(self) -> int:
@@ -109,23 +109,22 @@ class Identity(HeldOut):
         return all(has_word(answer, group) for group in conversation["required"])
 
 
-def held_out_tasks() -> dict[str, Task]:
+def heldout_tasks() -> dict[str, Task]:
     """The five held-out sets by name."""
     tasks: list[Task] = [Arithmetic(), LetterCounting(), Facts(), MultipleChoice(), Identity()]
     return {task.name: task for task in tasks}
 
 
-def held_out_lines() -> dict[str, list[str]]:
+def heldout_lines() -> dict[str, list[str]]:
     """The lines of the committed files as the generator makes them now."""
     return {
         name: [json.dumps(record, ensure_ascii=False) for record in records]
-        for name, records in held_out_sets().items()
+        for name, records in heldout_sets().items()
     }
 
 
-def write_held_out(directory: Path) -> None:
+def write_heldout(directory: Path) -> None:
     """Make the held-out files again. Only for a change of the sets that docs/decisions.md explains."""
     directory.mkdir(parents=True, exist_ok=True)
-    for name, lines in held_out_lines().items():
+    for name, lines in heldout_lines().items():
         (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-

@@ -82,6 +82,7 @@ def fact(rng: Rng) -> Turns:
 
 def choice(rng: Rng) -> Turns:
     """A multiple-choice question; some easy ones, some after or before the same question put openly."""
+
     def ask(asked: str, shown: list[str], place: int) -> tuple[str, Content]:
         return choices.render_multiple_choice(asked, choices.LETTERS, shown), choices.LETTERS[place]
 

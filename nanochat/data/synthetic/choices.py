@@ -1,4 +1,4 @@
-"""Multiple-choice questions: over the facts, and easy ones that teach which letter belongs to which choice."""
+"""Multiple-choice questions: over the facts, and easy ones that teach which letter goes with which choice."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def easy_question(rng: Rng) -> tuple[str, list[str], int]:
     if way == 1:
         fact = facts.any_fact(rng)
         shown, place = facts.choices(fact, rng)
-        ask = rng.pick(("Which choice is '{w}'?", "The answer is {w}. Which letter is it?", "Which of these is {w}?"))
+        ask = rng.pick(
+            ("Which choice is '{w}'?", "The answer is {w}. Which letter is it?", "Which of these is {w}?")
+        )
         return ask.format(w=fact.answer), shown, place
     if way == 2:
         number, *rest = rng.sample(range(2, 100), 4)
@@ -52,11 +54,15 @@ def easy_question(rng: Rng) -> tuple[str, list[str], int]:
     kind, *others = rng.sample(letters.kinds(), 5)
     others = [k for k in others if (kind, k) != ("animal", "insect")][:3]
     right = rng.pick(letters.kind_words(kind))
-    wrong = [rng.pick([w for w in letters.kind_words(k) if w not in letters.kind_words(kind)]) for k in others]
+    wrong = [
+        rng.pick([w for w in letters.kind_words(k) if w not in letters.kind_words(kind)]) for k in others
+    ]
     a = "an" if kind[0] in "aeiou" else "a"
     if kind in ("furniture", "clothing"):
         a = "a piece of"
-    ask = rng.pick((f"Which of these is {a} {kind}?", f"Which word is {a} {kind}?", f"Which choice is {a} {kind}?"))
+    ask = rng.pick(
+        (f"Which of these is {a} {kind}?", f"Which word is {a} {kind}?", f"Which choice is {a} {kind}?")
+    )
     return ask, *_place(rng, right, wrong)
 
 
@@ -70,5 +76,8 @@ def quiz_document(rng: Rng) -> str:
         marks = rng.pick((("A", "B", "C", "D"), ("1", "2", "3", "4")))
         sign = " = " if marks[0] == "A" else "="
         lines = "\n".join(f"- {choice}{sign}{mark}" for choice, mark in zip(shown, marks))
-        told.append(f"Question: {asked}\n{lines}\nThe answer is {marks[place]}, {shown[place]}.")
-    return "\n\n".join(told)
+        told.append(f"Question: {asked}\n{lines}\nThe correct answer is {marks[place]}, {shown[place]}.")
+    head = rng.pick(
+        ("Respond with the letter or the number of the correct answer.\n", "Multiple Choice\n", "")
+    )
+    return head + "\n\n".join(told)

@@ -1,4 +1,4 @@
-"""Pretraining documents: `document(seed, index)` is a pure function, so any document can be made at any time."""
+"""Pretraining documents: `document(seed, index)` is a pure function, so any one can be made at any time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def dialogue_document(rng: Rng) -> str:
     first, second = rng.pick(g.lists["girl"]), rng.pick(g.lists["boy"])
     if rng.chance(50):
         first, second = second, first
-    form = rng.pick(("{a}: {q}\n{b}: {r}", "Question: {q}\nAnswer: {r}", '"{q}" asked {a}.\n"{r}" said {b}.'))
+    form = rng.pick(("{a}: {q}\n{b}: {r}", "Question: {q}\nAnswer: {r}", '{a} asked: "{q}"\n{b} said: "{r}"'))
     told = []
     for _ in range(rng.between(3, 5)):
         fact = facts.any_fact(rng)
@@ -67,10 +67,10 @@ def list_document(rng: Rng) -> str:
 
 
 KINDS = {
-    stories.story: 26,
-    fact_document: 32,
+    stories.story: 24,
+    fact_document: 30,
     dialogue_document: 18,
-    choices.quiz_document: 10,
+    choices.quiz_document: 14,
     numbers.document: 6,
     letters.document: 6,
     list_document: 2,

@@ -7,7 +7,7 @@ The file format is described at the top of facts.txt. Questions come in two disj
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 
 from nanochat.data.synthetic.grammar import capital, data_lines, grammar
 from nanochat.data.synthetic.rng import Rng
@@ -53,13 +53,13 @@ def read_relations(lines: list[str]) -> list[Relation]:
     return relations
 
 
-@lru_cache(maxsize=None)
+@cache
 def facts() -> tuple[Fact, ...]:
     """Every fact of the table, in the order of the file."""
     return tuple(fact for _, group in topics() for fact in group)
 
 
-@lru_cache(maxsize=None)
+@cache
 def topics() -> tuple[tuple[str, tuple[Fact, ...]], ...]:
     """(title, facts) of every relation."""
     return tuple((r.title, _facts(r)) for r in read_relations(data_lines("facts.txt")))
@@ -86,13 +86,13 @@ def _facts(relation: Relation) -> tuple[Fact, ...]:
     return tuple(made)
 
 
-@lru_cache(maxsize=None)
+@cache
 def topic_of() -> dict[str, tuple[str, tuple[Fact, ...]]]:
     """(title, facts) of a relation, by its name."""
     return {group[0].relation: (title, group) for title, group in topics()}
 
 
-@lru_cache(maxsize=None)
+@cache
 def facts_about() -> dict[str, tuple[Fact, ...]]:
     """The facts that share a subject, for the subjects with several."""
     groups: dict[str, list[Fact]] = {}

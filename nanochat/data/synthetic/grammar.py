@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache
 from importlib import resources
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ class Slot(NamedTuple):
     is_fresh: bool
 
 
-Part = str | Slot | list  # type: ignore[type-arg]  # a list holds the compiled choices
+Part = str | Slot | list  # a list holds the compiled choices
 
 
 def article(word: str) -> str:
@@ -41,7 +41,7 @@ def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-@lru_cache(maxsize=None)
+@cache
 def compiled(template: str) -> tuple[Part, ...]:
     """The parts of a template: literal strings, slots, and lists of compiled choices."""
     parts: list[Part] = []
@@ -130,7 +130,7 @@ class Grammar:
         return " ".join(told)
 
 
-@lru_cache(maxsize=None)
+@cache
 def grammar(name: str) -> Grammar:
     """The grammar in a data file of this package, read once."""
     return Grammar(data_lines(name))

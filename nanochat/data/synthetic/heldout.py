@@ -1,6 +1,6 @@
-"""The held-out sets: questions of the kinds that training teaches, in phrasings, operands and words it never shows.
+"""The held-out sets: what training teaches, asked in phrasings, operands and words that it never shows.
 
-The facts asked are the facts that training teaches. The sets are committed in tasks/heldout, one JSON object
+The facts asked are the facts of the table. The sets are committed in tasks/heldout, one JSON object
 a line; a test makes them again and compares, and searches the training text for them.
 """
 
@@ -19,7 +19,9 @@ SIZE_IDENTITY = 80
 Record = dict[str, Any]
 
 PRESENTATION = "I am nanochat, a small language model. You trained me on this computer from nothing."
-ABILITIES = "I am nanochat. I can answer simple questions, calculate, count letters, spell words and tell stories."
+ABILITIES = (
+    "I am nanochat. I can answer simple questions, calculate, count letters, spell words and tell stories."
+)
 
 
 def _rng(name: str) -> Rng:
@@ -81,7 +83,7 @@ def identity() -> list[Record]:
     return list(made.values())[:SIZE_IDENTITY]
 
 
-def held_out_sets() -> dict[str, list[Record]]:
+def heldout_sets() -> dict[str, list[Record]]:
     """Every set under the name of its file, the same each time."""
     return {
         "arithmetic": arithmetic(),
@@ -93,9 +95,9 @@ def held_out_sets() -> dict[str, list[Record]]:
 
 
 def as_conversation(record: Record) -> Conversation:
-    """A record as a conversation that ends with the reference answer; the record's other fields stay beside it."""
+    """A record as a conversation that ends with the reference answer, with what grading needs beside it."""
     asked, reply = record["question"], record["reply"]
-    extra = {key: record[key] for key in ("answer", "accepted", "required") if key in record}
+    extra: Record = {key: record[key] for key in ("answer", "accepted", "required") if key in record}
     if "choices" in record:
         asked = choices.render_multiple_choice(asked, choices.LETTERS, record["choices"])
         extra["letters"] = list(choices.LETTERS)

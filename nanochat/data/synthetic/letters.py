@@ -6,26 +6,31 @@ The words of the list "new" belong to the held-out sets alone.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 from nanochat.data.synthetic.grammar import grammar
 from nanochat.data.synthetic.rng import Rng
 
-STARTS = "b c d f g h k l m n p r s t v w z br ch cl dr fl gr pl sh sl st th tr qu".split()
-VOWELS = "a a e e i i o o u ai ea ee oo ou y".split()
-ENDS = ["", "", "", *"n r s l t m d ck ll ng nt rt ss st x p tt mm bble tion ry ther ing er".split()]
+STARTS = (*"bcdfghklmnprstvwz", "br", "ch", "cl", "dr", "fl", "gr", "pl", "sh", "sl", "st", "th", "tr", "qu")
+VOWELS = (*"aaeeiioou", "ai", "ea", "ee", "oo", "ou", "y")
+ENDS = (
+    *("", "", "", "n", "r", "s", "l", "t", "m", "d", "ck", "ll", "ng", "nt", "rt", "ss", "st", "x", "p"),
+    *("tt", "mm", "bble", "tion", "ry", "ther", "ing", "er"),
+)
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
-@lru_cache(maxsize=None)
+@cache
 def training_words() -> tuple[str, ...]:
     """Real words whose letters training shows, sorted."""
     lists = grammar("words.txt").lists
-    words = {w.lower() for name, lines in lists.items() if name != "new" for line in lines for w in line.split()}
+    words = {
+        w.lower() for name, lines in lists.items() if name != "new" for line in lines for w in line.split()
+    }
     return tuple(sorted(words - set(held_out_words())))
 
 
-@lru_cache(maxsize=None)
+@cache
 def held_out_words() -> tuple[str, ...]:
     """Words that training never shows, in the order of the file."""
     return tuple(w for line in grammar("words.txt").lists["new"] for w in line.split())
@@ -35,7 +40,7 @@ def kind_words(kind: str) -> list[str]:
     return grammar("words.txt").lists[f"kind.{kind}"][0].split()
 
 
-@lru_cache(maxsize=None)
+@cache
 def kinds() -> tuple[str, ...]:
     """Names of the word kinds: animal, fruit, colour ..."""
     return tuple(name[5:] for name in grammar("words.txt").lists if name.startswith("kind."))
@@ -44,7 +49,9 @@ def kinds() -> tuple[str, ...]:
 def invented(rng: Rng) -> str:
     """A word that does not exist, of two to four syllables."""
     while True:
-        word = "".join(rng.pick(STARTS) + rng.pick(VOWELS) for _ in range(rng.pick((2, 2, 3, 3, 4)))) + rng.pick(ENDS)
+        word = "".join(
+            rng.pick(STARTS) + rng.pick(VOWELS) for _ in range(rng.pick((2, 2, 3, 3, 4)))
+        ) + rng.pick(ENDS)
         if word not in held_out_words():
             return word
 

@@ -34,7 +34,8 @@ def cast(rng: Rng, *, animal: str | None = None, name: str | None = None) -> dic
     he, him, his = PRONOUNS[gender]
     helper = rng.pick((*WOMEN, *MEN))
     he2 = "she" if helper in WOMEN else "he"
-    return dict(hero=hero, who=who, friend=friend, he=he, him=him, his=his, helper=helper, he2=he2)
+    slots = {"hero": hero, "who": who, "friend": friend, "helper": helper}
+    return slots | {"he": he, "him": him, "his": his, "he2": he2}
 
 
 def story(rng: Rng, *, animal: str | None = None, name: str | None = None) -> str:
