@@ -8,8 +8,8 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-FAULTS = ("cut", "cut_no_length", "cut_chunked", "flip", "503", "500", "429", "drop", "wrong_range", "ignore_range",
-          "gzip", "new_etag", "stall")  # fmt: skip
+FAULTS = ("cut", "cut_no_length", "cut_chunked", "flip", "503", "500", "429", "drop", "wrong_range",
+          "ignore_range", "gzip", "new_etag", "stall")  # fmt: skip
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -1,13 +1,13 @@
-"""Plain downloads from a server that lies: never a wrong byte under the final name, resumed where that is possible."""
+"""Plain downloads from a server that lies: never a wrong byte under the final name, resumed if possible."""
 
 import hashlib
 import random
 
 import pytest
+from faulty_server import FAULTS, serve
 
 from nanochat.data.fetch import fetch_url, hash_file
 from nanochat.errors import UserError
-from faulty_server import FAULTS, serve
 
 DATA = random.Random(0).randbytes(300_000)
 SHA = hashlib.sha256(DATA).hexdigest()

@@ -93,9 +93,9 @@ def test_a_mirror_that_holds_other_bytes_than_it_says_is_refused(home, mirror_di
     with pytest.raises(UserError, match="does not agree with its recorded size and hash"):
         hub.fetch_shards(NAME, home=home, mirror=str(mirror_dir))
     assert not list(home.data_dir.rglob(SHARDS[1]))
-    with serve(MIRROR | {f"datasets/{NAME}/{SHARDS[1]}": parquet(77)}) as (_, url):
-        with pytest.raises(UserError, match="does not have the sha256"):
-            hub.fetch_shards(NAME, home=home, mirror=url)
+    wrong = MIRROR | {f"datasets/{NAME}/{SHARDS[1]}": parquet(77)}
+    with serve(wrong) as (_, url), pytest.raises(UserError, match="does not have the sha256"):
+        hub.fetch_shards(NAME, home=home, mirror=url)
     assert not list(home.data_dir.rglob(SHARDS[1]))
 
 
@@ -116,6 +116,10 @@ def test_the_hub_itself_revision_recorded_and_content_checked(home, monkeypatch)
         directory, entries = hub.fetch_shards(NAME, home=home, num_shards=1)
         assert contents(directory, entries) == expected(SHARDS[0], SHARDS[3])
         assert hub.read_manifest(directory)["revision"] == "c" * 40
+        monkeypatch.setattr(hub, "RESERVED_BYTES", 1 << 60)
+        with pytest.raises(UserError, match="GB of disk are free"):
+            hub.fetch_shards(NAME, home, num_shards=2)
+        monkeypatch.setattr(hub, "RESERVED_BYTES", 0)
         assert hub.dataset_files(NAME, "README.md", home=home)[0].read_bytes() == b"a card"
         server.files[f"datasets/{NAME}/{SHARDS[1]}"] = parquet(77)
         with pytest.raises(UserError, match="does not agree with its recorded size and hash"):
@@ -206,3 +210,19 @@ def test_names_that_cannot_be(home, mirror_dir):
         (directory / hub.MANIFEST).write_text(json.dumps({"shards": [entry]}))
         with pytest.raises(UserError, match="is not a manifest"):
             hub.read_manifest(directory)
+
+
+def test_the_script_fetches_verifies_and_reports(home, mirror_dir, capsys):
+    from scripts import data
+
+    def run(*extra):
+        data.main(
+            [f"--home={home.root}", f"--source=hub:{NAME}", f"--mirror={mirror_dir}", "--shards=2", *extra]
+        )
+        return capsys.readouterr().out
+
+    assert "3 shards" in run() and "90 documents" in run()
+    shard = next(home.data_dir.rglob(SHARDS[0]))
+    shard.write_bytes(b"x" * shard.stat().st_size)
+    assert "1 damaged or missing shard_00000.parquet" in run("--verify", "--offline")
+    assert "0 damaged" in run("--verify") and "train: 60 documents\nval: 30 documents" in run("--verify")

@@ -1,8 +1,8 @@
-"""The loader's promises: exact resume, one global order for any number of ranks, whole conversations that stay apart."""
+"""The loader: exact resume, one global order for any number of ranks, whole conversations that stay apart."""
 
 import gc
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ class ByteTokenizer:
 class World:
     rank: int = 0
     world_size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 class Numbers:
@@ -74,8 +74,8 @@ class Numbers:
 
 def documents(rank=0, world=1, rows=2, cursor=None, source=None):
     return DocumentBatches(
-        source or Numbers(), ByteTokenizer(), sequence_len=24, device_batch=rows, rt=World(rank, world), cursor=cursor,
-        buffer_docs=20,
+        source or Numbers(), ByteTokenizer(), sequence_len=24, device_batch=rows, rt=World(rank, world),
+        cursor=cursor, buffer_docs=20,
     )  # fmt: skip
 
 
@@ -220,8 +220,8 @@ def task(count=30):
 
 def conversations(conversations, rank=0, world=1, rows=2, length=48, **options):
     return ConversationBatches(
-        conversations, ByteTokenizer(), sequence_len=length, device_batch=rows, rt=Gathering(rank, world, conversations),
-        seed=3, **options,
+        conversations, ByteTokenizer(), sequence_len=length, device_batch=rows, seed=3,
+        rt=Gathering(rank, world, conversations), **options,
     )  # fmt: skip
 
 

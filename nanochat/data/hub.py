@@ -3,8 +3,8 @@
 A file gets its final name only after size and sha256 agree with what the hub, or the mirror's SHA256SUMS,
 says. shards.json beside the files keeps revision, roles, sizes, hashes and rows; what nobody has told us is
 null, is recorded at the first contact and enforced from then on. A mirror is a directory or URL that holds
-SHA256SUMS and datasets/OWNER/NAME/FILE. Hub files move by huggingface_hub (HF_ENDPOINT honoured). Offline opens
-no connection.
+SHA256SUMS and datasets/OWNER/NAME/FILE. Hub files move by huggingface_hub (HF_ENDPOINT honoured). Offline
+opens no connection.
 """
 
 from __future__ import annotations
@@ -27,11 +27,14 @@ from nanochat.paths import Home, read_json, write_json
 MANIFEST = "shards.json"
 VALIDATION_SHARDS = {"karpathy/climbmix-400b-shuffle": "shard_06542.parquet"}
 PLAIN = "plain/files"  # what is not on the hub is kept under the same rules, as if it were a data set
+_WORDS = "https://raw.githubusercontent.com/dwyl/english-words"
 PLAIN_URLS = {
     "eval_bundle.zip": "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip",
-    "words/words_alpha.txt": "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt",
+    "words/words_alpha.txt": f"{_WORDS}/refs/heads/master/words_alpha.txt",
 }
 NUM_PARALLEL = 8
+URLS = ("http://", "https://")
+RESERVED_BYTES = 1 << 30  # disk that fetching leaves free
 
 Entry = dict[str, Any]
 
@@ -48,8 +51,7 @@ class Repo:
 
     @property
     def mirror_dir(self) -> Path | None:
-        is_url = self.mirror is None or self.mirror.startswith(("http://", "https://"))
-        return None if is_url else Path(str(self.mirror)).expanduser()
+        return Path(self.mirror) if self.mirror and not self.mirror.startswith(URLS) else None
 
     @property
     def prefix(self) -> str:
@@ -65,6 +67,8 @@ def open_repo(
         example = next(iter(VALIDATION_SHARDS))
         raise UserError(f"a data set is named OWNER/NAME, found {name!r}", f"for example {example}")
     mirror = mirror or os.environ.get("NANOCHAT_MIRROR") or None
+    if mirror and not mirror.startswith(URLS):
+        mirror = str(Path(mirror).expanduser().resolve())
     origin = f"mirror-{hashlib.sha256(mirror.encode()).hexdigest()[:8]}" if mirror else "hub"
     folder = name + (f"@{re.sub('[^A-Za-z0-9._-]', '_', revision)}" if revision else "")
     return Repo(name, revision or None, mirror, offline, (home or Home.find()).data_dir / origin / folder)
@@ -117,6 +121,13 @@ def plain_file(
 
 def fetch(repo: Repo, names: list[str]) -> list[Entry]:
     """The entries of `names`, once every file is there and verified; files in parallel, a lock for each."""
+    wanted = set(names)
+    entries = [entry for entry in read_manifest(repo.directory)["shards"] if entry["name"] in wanted]
+    size = sum(entry["size"] or 0 for entry in entries if not entry["verified"])
+    free = shutil.disk_usage(repo.directory).free
+    if size > max(0, free - RESERVED_BYTES):
+        problem = f"{repo.name}: {size / 1e9:.1f} GB to fetch, {free / 1e9:.1f} GB of disk are free"
+        raise UserError(problem, "ask for fewer shards, or choose another --home")
     with ThreadPoolExecutor(NUM_PARALLEL) as pool:
         return list(pool.map(lambda name: _fetch_one(repo, name), names))
 

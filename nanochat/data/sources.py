@@ -166,6 +166,11 @@ class FileSource:
                 return
             epoch, place = epoch + 1, 0
 
+    def num_documents(self, split: str) -> int:
+        """Read everything, page checksums included, and count. UserError names what is damaged."""
+        chunks = self._val_chunks if split == "val" and self._val_chunks is not None else self._chunks
+        return sum(len(self._texts(chunk, split)) for chunk in chunks)
+
     def _texts(self, chunk: Chunk, split: str) -> list[str]:
         texts = [text for text in self._read(chunk) if text and not text.isspace()]
         if self._val_chunks is None:
