@@ -67,7 +67,9 @@ def _preset(name: str, **more: object) -> Settings:
 
 HUB = "hub:karpathy/climbmix-400b-shuffle"
 PRESETS = {
-    "smoke": _preset("smoke", eval_every=5, eval_tokens=4096, save_every=5, warmup=2, sample_every=10),
+    "smoke": _preset(
+        "smoke", lr_scale=4.0, eval_every=5, eval_tokens=4096, save_every=5, warmup=2, sample_every=10
+    ),
     "cpu-demo": _preset(
         "cpu-demo", eval_every=100, eval_tokens=65536, sample_every=0, save_every=100, lr_scale=4.0
     ),
@@ -106,55 +108,36 @@ def train(cfg: Settings, rt: runtime.Runtime) -> None:
             str(error), "change that flag; python -m scripts.plan shows what follows"
         ) from error
     source = open_source(cfg.data, home=home, seed=cfg.seed, mirror=cfg.mirror, offline=cfg.offline)
-    stage = open_stage("base", cfg, rt, {"tokenizer": tok.fingerprint(), "data": source.fingerprint()})
-    if stage.finished:
-        rt.say(f"base: already finished, bits per byte {stage.finished.get('val_bpb')}")
-        return
-    rt.say(f"base: settings\n{config.describe(cfg)}\nbase: plan\n{config.describe(plan)}")
-    model = models.build(shape, rt, cfg.seed)
-    optimizer = model.setup_optimizer(
-        batch_tokens=plan.batch_tokens,
-        weight_decay=plan.weight_decay * cfg.decay_scale / cfg.lr_scale,
-        lr_scale=cfg.lr_scale,
-    )
-
-    def batches(cursor: dict | None) -> DocumentBatches:
-        return DocumentBatches(
-            source,
-            tok,
-            sequence_len=cfg.sequence_len,
-            device_batch=cfg.device_batch,
-            rt=rt,
-            cursor=cursor,
-            policy=cfg.packing,
+    with open_stage("base", cfg, rt, {"tokenizer": tok.fingerprint(), "data": source.fingerprint()}) as stage:
+        if stage.finished:
+            rt.say(f"base: already finished, bits per byte {stage.finished.get('val_bpb')}")
+            return
+        rt.say(f"base: settings\n{config.describe(cfg)}\nbase: plan\n{config.describe(plan)}")
+        model = models.build(shape, rt, cfg.seed)
+        optimizer = model.setup_optimizer(
+            batch_tokens=plan.batch_tokens,
+            weight_decay=plan.weight_decay * cfg.decay_scale / cfg.lr_scale,
+            lr_scale=cfg.lr_scale,
         )
 
-    def schedule(step: int) -> Rates:
-        N = plan.num_steps
-        lr = lr_factor(step, N, warmup=cfg.warmup, warmdown_frac=cfg.warmdown)
-        return Rates(lr, muon_momentum(step, N, warmdown_frac=cfg.warmdown), weight_decay_factor(step, N))
+        rows = {"sequence_len": cfg.sequence_len, "device_batch": cfg.device_batch, "rt": rt}
 
-    rows = max(1, cfg.eval_tokens // cfg.sequence_len)
-    fixed = (
-        list(
-            validation_batches(
-                source,
-                tok,
-                sequence_len=cfg.sequence_len,
-                device_batch=cfg.device_batch,
-                rt=rt,
-                num_rows=rows,
-            )
-        )
-        if cfg.eval_every
-        else []
-    )
-    run_stage(
-        stage, cfg, model, optimizer, batches, num_steps=plan.num_steps, accum=plan.accum, schedule=schedule,
-        evaluate=evaluation("val_bpb", lambda: evaluate_bpb(model, fixed, tok.token_bytes(), rt), rt),
-        sample=samples(model, tok, PROMPTS, rt), recipe={"batch_tokens": plan.batch_tokens, "lr_scale": cfg.lr_scale}, flops_per_token=model.estimate_flops(),
-        result={"plan": plan.to_dict(), "params": model.num_scaling_params()},
-    )  # fmt: skip
+        def batches(cursor: dict | None) -> DocumentBatches:
+            return DocumentBatches(source, tok, cursor=cursor, policy=cfg.packing, **rows)  # type: ignore[arg-type]
+
+        def schedule(step: int) -> Rates:
+            N = plan.num_steps
+            lr = lr_factor(step, N, warmup=cfg.warmup, warmdown_frac=cfg.warmdown)
+            return Rates(lr, muon_momentum(step, N, warmdown_frac=cfg.warmdown), weight_decay_factor(step, N))
+
+        num_rows = max(1, cfg.eval_tokens // cfg.sequence_len) if cfg.eval_every else 0
+        fixed = validation_batches(source, tok, num_rows=num_rows, **rows) if num_rows else []  # type: ignore[arg-type]
+        run_stage(
+            stage, cfg, model, optimizer, batches, num_steps=plan.num_steps, accum=plan.accum, schedule=schedule,
+            evaluate=evaluation("val_bpb", lambda: evaluate_bpb(model, fixed, tok.token_bytes(), rt), rt),
+            sample=samples(model, tok, PROMPTS, rt), recipe={"batch_tokens": plan.batch_tokens, "lr_scale": cfg.lr_scale}, flops_per_token=model.estimate_flops(),
+            result={"plan": plan.to_dict(), "params": model.num_scaling_params()},
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

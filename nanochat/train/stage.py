@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +58,7 @@ class Stage:
     inputs: dict[str, Any]
     key: str
     finished: dict[str, Any] | None = None
-    lock: Any = field(default=None, repr=False)
+    lock: int | None = field(default=None, repr=False)
 
     @property
     def checkpoints(self) -> Path:
@@ -77,6 +78,18 @@ class Stage:
             "inputs": self.inputs,
             "machine": facts,
         }
+
+    def __enter__(self) -> Stage:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the lock back."""
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
 
     def finish(self, **result: Any) -> None:
         """Write result.json, which marks the stage as finished, and exit.json with code 0."""
@@ -111,12 +124,19 @@ def open_stage(name: str, settings: Any, rt: Runtime, inputs: dict[str, Any]) ->
     return stage
 
 
-def _prepare(stage: Stage, directory: Path) -> str | None:
-    directory.mkdir(parents=True, exist_ok=True)
-    stage.lock = open(directory / "lock", "w")
+def _lock(stage: Stage, directory: Path) -> bool:
+    stage.lock = os.open(directory / "lock", os.O_WRONLY | os.O_CREAT, 0o644)
     try:
         fcntl.flock(stage.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
+        stage.close()
+        return False
+    return True
+
+
+def _prepare(stage: Stage, directory: Path) -> str | None:
+    directory.mkdir(parents=True, exist_ok=True)
+    if not _lock(stage, directory):
         return f"another process is working in {directory}"
     key_file, result_file = directory / "key.json", stage.home.result_file(stage.tag, stage.name)
     if key_file.exists() and read_json(key_file)["key"] != stage.key:
@@ -126,10 +146,12 @@ def _prepare(stage: Stage, directory: Path) -> str | None:
         directory.rename(old)
         stage.rt.say(f"{stage.name}: settings or inputs have changed; the earlier run is kept in {old.name}")
         directory.mkdir()
-        stage.lock = open(directory / "lock", "w")
-        fcntl.flock(stage.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        stage.close()
+        _lock(stage, directory)
     elif result_file.exists():
         stage.finished = read_json(result_file)
+        stage.close()
+        return None
     write_json(key_file, {"key": stage.key})
     write_json(stage.home.settings_file(stage.tag, stage.name), stage.settings)
     return None

@@ -73,56 +73,57 @@ def tune(
         "tokenizer": tok.fingerprint(),
         "parent": [parent.meta["stage"], parent.meta["key"], parent.step],
     }
-    stage = open_stage(recipe.stage, cfg, rt, inputs)
-    if stage.finished:
-        rt.say(f"{recipe.stage}: already finished, validation loss {stage.finished.get('val_loss')}")
-        return
-    base = parent.meta["recipe"]
-    shape = GPTConfig(**parent.meta["model"])
-    model = build(shape, rt)
-    load_model_arrays(model, parent.tensors("model"))
-    batch = cfg.batch_tokens or base["batch_tokens"]
-    rows_per_step, one_pass = batch // shape.sequence_len, cfg.device_batch * rt.world_size
-    if rows_per_step * shape.sequence_len != batch or rows_per_step % one_pass:
-        works = max(1, rows_per_step // one_pass) * one_pass * shape.sequence_len
-        raise UserError(
-            f"the batch must be a multiple of ranks * device batch * T = {one_pass * shape.sequence_len} tokens, found {batch}",
-            f"--batch-tokens={works} works, or change --device-batch",
+    with open_stage(recipe.stage, cfg, rt, inputs) as stage:
+        if stage.finished:
+            rt.say(f"{recipe.stage}: already finished, validation loss {stage.finished.get('val_loss')}")
+            return
+        base = parent.meta["recipe"]
+        shape = GPTConfig(**parent.meta["model"])
+        model = build(shape, rt)
+        load_model_arrays(model, parent.tensors("model"))
+        batch = cfg.batch_tokens or base["batch_tokens"]
+        rows_per_step, one_pass = batch // shape.sequence_len, cfg.device_batch * rt.world_size
+        if rows_per_step * shape.sequence_len != batch or rows_per_step % one_pass:
+            works = max(1, rows_per_step // one_pass) * one_pass * shape.sequence_len
+            raise UserError(
+                f"the batch must be a multiple of ranks * device batch * T = {one_pass * shape.sequence_len} tokens, found {batch}",
+                f"--batch-tokens={works} works, or change --device-batch",
+            )
+        lr_scale = cfg.lr_scale * base["lr_scale"]
+        optimizer = model.setup_optimizer(
+            batch_tokens=base["batch_tokens"], weight_decay=0.0, lr_scale=lr_scale, **recipe.rates
         )
-    lr_scale = cfg.lr_scale * base["lr_scale"]
-    optimizer = model.setup_optimizer(
-        batch_tokens=base["batch_tokens"], weight_decay=0.0, lr_scale=lr_scale, **recipe.rates
-    )
-    if recipe.warm_optimizer:
-        optimizer.load_state_arrays(parent.tensors("optim-"))
-    train_rows, val_rows = split(task)
-    common = {
-        "sequence_len": shape.sequence_len,
-        "device_batch": cfg.device_batch,
-        "rt": rt,
-        "seed": cfg.seed,
-        "loss_on": recipe.loss_on,
-    }
+        moments = parent.tensors("optim-") if recipe.warm_optimizer else {}
+        if moments:  # an imported parent has none
+            optimizer.load_state_arrays(moments)
+        train_rows, val_rows = split(task)
+        common = {
+            "sequence_len": shape.sequence_len,
+            "device_batch": cfg.device_batch,
+            "rt": rt,
+            "seed": cfg.seed,
+            "loss_on": recipe.loss_on,
+        }
 
-    def batches(cursor: dict[str, Any] | None) -> ConversationBatches:
-        return ConversationBatches(
-            train_rows, tok, epochs=cfg.epochs, rows_per_step=rows_per_step, cursor=cursor, **common
-        )  # type: ignore[arg-type]
+        def batches(cursor: dict[str, Any] | None) -> ConversationBatches:
+            return ConversationBatches(
+                train_rows, tok, epochs=cfg.epochs, rows_per_step=rows_per_step, cursor=cursor, **common
+            )  # type: ignore[arg-type]
 
-    with batches(None) as first:
-        num_steps, rows = first.num_steps, first.num_rows
-        rt.say(f"{recipe.stage}: {len(train_rows):,} conversations in {rows:,} rows, {num_steps} steps of {batch:,} tokens; "
-               f"{first.num_cut} cut, {first.num_dropped} dropped")  # fmt: skip
-    with ConversationBatches(val_rows, tok, epochs=1, last="blank", **common) as held:  # type: ignore[arg-type]
-        fixed = list(held) if cfg.eval_every else []
-    run_stage(
-        stage, cfg, model, optimizer, batches, num_steps=num_steps, accum=rows_per_step // one_pass,
-        schedule=lambda step: recipe.schedule(step, num_steps),
-        evaluate=evaluation("val_loss", lambda: evaluate_loss(model, fixed, rt), rt),
-        sample=samples(model, tok, prompts, rt), flops_per_token=model.estimate_flops(),
-        allow_empty=recipe.loss_on == "assistant", recipe={"batch_tokens": base["batch_tokens"], "lr_scale": base["lr_scale"]},
-        result={"conversations": len(train_rows), "rows": rows, "parent": inputs["parent"]},
-    )  # fmt: skip
+        with batches(None) as first:
+            num_steps, rows = first.num_steps, first.num_rows
+            rt.say(f"{recipe.stage}: {len(train_rows):,} conversations in {rows:,} rows, {num_steps} steps of {batch:,} tokens; "
+                   f"{first.num_cut} cut, {first.num_dropped} dropped")  # fmt: skip
+        with ConversationBatches(val_rows, tok, epochs=1, last="blank", **common) as held:  # type: ignore[arg-type]
+            fixed = list(held) if cfg.eval_every else []
+        run_stage(
+            stage, cfg, model, optimizer, batches, num_steps=num_steps, accum=rows_per_step // one_pass,
+            schedule=lambda step: recipe.schedule(step, num_steps),
+            evaluate=evaluation("val_loss", lambda: evaluate_loss(model, fixed, rt), rt),
+            sample=samples(model, tok, prompts, rt), flops_per_token=model.estimate_flops(),
+            allow_empty=recipe.loss_on == "assistant", recipe={"batch_tokens": base["batch_tokens"], "lr_scale": base["lr_scale"]},
+            result={"conversations": len(train_rows), "rows": rows, "parent": inputs["parent"]},
+        )  # fmt: skip
 
 
 def find_parent(home: Home, tag: str, stages: tuple[str, ...]) -> checkpoint.Checkpoint:

@@ -1,0 +1,32 @@
+"""Record the golden losses anew, after a change of mathematics that CHANGELOG.md declares: python tests/golden/record.py"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+
+def main() -> None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from nanochat.data.synthetic import document
+    from nanochat.paths import Home
+    from nanochat.tokenizer import RustBPETokenizer
+    from nanochat.train.log import read_metrics
+    from scripts import base_train
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as root:
+        home = Home(Path(root))
+        RustBPETokenizer.train_from_iterator((document(1, i) for i in range(400)), 512).save(home.tokenizer_dir)
+        base_train.main(["--preset=smoke", f"--home={root}", "--device=cpu", "--dtype=float32"])
+        rows = read_metrics(home.metrics_file("main", "base"))
+    losses = [row["loss"] for row in rows if "loss" in row]
+    Path(__file__).with_name("losses.json").write_text(json.dumps({"smoke_base": losses}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
