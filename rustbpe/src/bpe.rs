@@ -99,9 +99,9 @@ pub struct Trainer {
 }
 
 impl Trainer {
-    /// A trainer that splits by `pattern` and counts on up to `threads` threads.
-    pub fn new(pattern: &str, threads: usize) -> Result<Self, Error> {
-        Ok(Trainer { splitter: Splitter::new(pattern)?, counter: Counter::default(), threads })
+    /// A trainer that counts on up to `threads` threads.
+    pub fn new(splitter: Splitter, threads: usize) -> Self {
+        Trainer { splitter, counter: Counter::default(), threads }
     }
 
     /// Counts the pieces of `texts`. Pieces never span two texts.

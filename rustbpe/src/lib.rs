@@ -3,9 +3,9 @@
 //! The core knows no Python; [`Bpe`] is its face, and `python.rs` is the only border.
 //!
 //! ```
-//! use rustbpe::{Bpe, Trainer, GPT4_PATTERN};
+//! use rustbpe::{Splitter, Trainer, GPT4_PATTERN};
 //!
-//! let mut trainer = Trainer::new(GPT4_PATTERN, 1)?;
+//! let mut trainer = Trainer::new(Splitter::new(GPT4_PATTERN)?, 1);
 //! trainer.add(&["low lower lowest", "new newer newest"])?;
 //! let bpe = trainer.finish(300, &mut || Ok(()))?;
 //! let ids = bpe.encode("lowest")?;

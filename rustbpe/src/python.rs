@@ -70,7 +70,7 @@ impl PyTokenizer {
         pattern: Option<&str>,
     ) -> PyResult<()> {
         check_vocab_size(vocab_size)?;
-        let mut trainer = Trainer::new(pattern.unwrap_or(GPT4_PATTERN), available_threads())?;
+        let mut trainer = Trainer::new(Splitter::new(pattern.unwrap_or(GPT4_PATTERN))?, available_threads());
         let mut buffer: Vec<PyBackedStr> = Vec::new();
         let mut bytes = 0;
         for item in iterator.try_iter()? {

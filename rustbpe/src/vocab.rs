@@ -1,7 +1,7 @@
 //! A vocabulary: bytes to ids and back.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BTreeSet, BinaryHeap};
 use std::ops::Range;
 
 use rustc_hash::FxHashMap;
@@ -95,9 +95,11 @@ impl Vocab {
 
     /// Every way to cut a token into two tokens, so that merging needs no bytes any more.
     fn pairs(&self) -> FxHashMap<Pair, Id> {
+        // Only lengths that tokens have are tried, because a token can be a megabyte long.
+        let lengths: BTreeSet<usize> = self.whole.keys().map(|token| token.len()).collect();
         let mut pairs = FxHashMap::default();
         for (token, &id) in &self.whole {
-            for cut in 1..token.len() {
+            for &cut in lengths.range(1..token.len()).filter(|&cut| lengths.contains(&(token.len() - cut))) {
                 let (left, right) = token.split_at(cut);
                 if let (Some(&left), Some(&right)) = (self.whole.get(left), self.whole.get(right)) {
                     pairs.insert((left, right), id);
