@@ -44,12 +44,12 @@ class Handler(BaseHTTPRequestHandler):
             start = int(found[1])
         if found and start >= len(data):
             return self.send_plain(416, b"")
-        part = bytearray(data[start:])
+        shown = start + (fault == "wrong_range")
+        part = bytearray(data[shown:])
         if fault == "flip":
             part[len(part) // 2] ^= 1
         self.send_response(206 if found and (start or fault == "wrong_range") else 200)
         if found and (start or fault == "wrong_range"):
-            shown = start + 1 if fault == "wrong_range" else start
             self.send_header("Content-Range", f"bytes {shown}-{len(data) - 1}/{len(data)}")
         self.send_header("ETag", etag)
         self.send_header("X-Repo-Commit", shared.commit)

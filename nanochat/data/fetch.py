@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from nanochat.errors import UserError
 
@@ -24,27 +25,19 @@ class _Mismatch(OSError):
 
 
 def fetch_url(
-    url: str,
-    dest: Path,
-    sha256: str | None = None,
-    *,
-    num_tries: int = 6,
-    wait_seconds: float = 1.0,
-    stall_seconds: float = 30.0,
-    total_seconds: float = 7200.0,
-) -> Path:
+    url: str, dest: Path, sha256: str | None = None, *, num_tries: int = 6, wait_seconds: float = 1.0,
+    stall_seconds: float = 30.0, total_seconds: float = 7200.0,
+) -> Path:  # fmt: skip
     """Download `url` to `dest` and return it: .part file, resumed by Range and If-Range, hash, fsync, rename.
 
     Retries with jitter and Retry-After. Without `sha256` the answer must say how long it is. UserError after
     num_tries failures, total_seconds, a second wrong hash, or an answer that no retry can change.
     """
-    from filelock import FileLock
-
     dest.parent.mkdir(parents=True, exist_ok=True)
     part = dest.with_name(dest.name + ".part")
     deadline = time.monotonic() + total_seconds
     mismatches = 0
-    with FileLock(dest.with_name(f".{dest.name}.fetch.lock")):
+    with locked(part):
         for attempt in range(num_tries):
             wait = min(MAX_WAIT_SECONDS, wait_seconds * 2**attempt) * random.uniform(0.5, 1.0)
             try:
@@ -128,6 +121,13 @@ def hash_file(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def locked(path: Path) -> Any:
+    """A context in which no other thread or process works on `path`."""
+    from filelock import FileLock
+
+    return FileLock(path.with_name(f".{path.name}.lock"))
 
 
 def publish(temporary: Path, path: Path) -> None:

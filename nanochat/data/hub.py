@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat.data.fetch import fetch_url, hash_file, publish
+from nanochat.data.fetch import fetch_url, hash_file, locked, publish
 from nanochat.errors import UserError
 from nanochat.paths import Home, read_json, write_json
 
@@ -152,12 +152,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """{"revision": hex or null, "shards": [{name, role, size, sha256, rows, row_groups, verified}]}."""
     value = read_json(directory / MANIFEST)
     try:
-        good = all(
-            _is_inside(entry["name"]) and entry["role"] in ("train", "val") for entry in value["shards"]
-        )
+        roles = {entry["role"] if _is_inside(entry["name"]) else None for entry in value["shards"]}
     except (TypeError, KeyError):
-        good = False
-    if not good:
+        roles = {None}
+    if not roles <= {"train", "val"}:
         raise UserError(f"{directory / MANIFEST} is not a manifest of shards", "docs/data.md shows its form")
     return value
 
@@ -179,23 +177,15 @@ def _is_inside(name: str) -> bool:
 
 def _matching(repo: Repo, pattern: str) -> list[Entry]:
     """Entries whose name matches; the manifest is made from the source's listing at the first contact."""
-    from filelock import FileLock
-
     path = repo.directory / MANIFEST
     if not path.exists():
-        if repo.offline and not repo.mirror_dir:
-            raise UserError(
-                f"{repo.name} is not here and --offline forbids to fetch it", "fetch it first, online"
-            )
+        _refuse_offline(repo, repo.name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
+        with locked(path):
             if not path.exists():
                 write_json(path, _first_contact(repo))
-    return [
-        entry
-        for entry in read_manifest(repo.directory)["shards"]
-        if fnmatch.fnmatchcase(entry["name"], pattern)
-    ]
+    entries = read_manifest(repo.directory)["shards"]
+    return [entry for entry in entries if fnmatch.fnmatchcase(entry["name"], pattern)]
 
 
 def _first_contact(repo: Repo) -> dict[str, Any]:
@@ -211,9 +201,7 @@ def _first_contact(repo: Repo) -> dict[str, Any]:
 
 def _record(repo: Repo, name: str, facts: Entry) -> Entry:
     """Change one entry of the manifest and return it."""
-    from filelock import FileLock
-
-    with FileLock(f"{repo.directory / MANIFEST}.lock"):
+    with locked(repo.directory / MANIFEST):
         value = read_manifest(repo.directory)
         entry = next(entry for entry in value["shards"] if entry["name"] == name)
         entry.update(facts)
@@ -222,6 +210,11 @@ def _record(repo: Repo, name: str, facts: Entry) -> Entry:
 
 
 # contact with the hub or a mirror
+
+
+def _refuse_offline(repo: Repo, what: str) -> None:
+    if repo.offline and not repo.mirror_dir:
+        raise UserError(f"{what} is not here and --offline forbids to fetch it", "fetch it first, online")
 
 
 def _list_mirror(repo: Repo) -> list[Entry]:
@@ -249,39 +242,34 @@ def _list_hub(repo: Repo) -> tuple[str | None, list[Entry]]:
     try:
         info = api.dataset_info(repo.name, revision=repo.revision, files_metadata=True, timeout=60.0)
     except Exception as error:  # the client's error types differ between its versions
-        message = " ".join(str(error).split())
-        raise UserError(
-            f"the hub does not list {repo.name}: {message}", "check name and connection"
-        ) from error
-    files = info.siblings or []
-    return info.sha, [
-        {"name": file.rfilename, "size": file.size, "git": file.blob_id}
-        | ({"sha256": file.lfs.sha256} if file.lfs else {})
-        for file in files
-    ]
+        problem = f"the hub does not list {repo.name}: {' '.join(str(error).split())}"
+        raise UserError(problem, "check name, revision and connection") from error
+    listing = []
+    for file in info.siblings or []:
+        sha256 = file.lfs.sha256 if file.lfs else None
+        listing.append({"name": file.rfilename, "size": file.size, "sha256": sha256, "git": file.blob_id})
+    return info.sha, listing
 
 
 def _fetch_one(repo: Repo, name: str) -> Entry:
-    from filelock import FileLock
-
     path = repo.directory / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    with locked(path):
         manifest = read_manifest(repo.directory)
         entry = next(entry for entry in manifest["shards"] if entry["name"] == name)
         if entry["verified"] and path.exists() and path.stat().st_size == entry["size"]:
             return entry
-        if repo.offline and not repo.mirror_dir:
-            raise UserError(f"{path} is missing and --offline forbids to fetch it", "fetch it first, online")
-        if repo.mirror_dir:
+        if path.exists() and entry["sha256"] == hash_file(path):
+            pass  # a process was stopped between publishing and recording it
+        elif repo.mirror_dir:
             source, temporary = repo.mirror_dir / repo.prefix / name, path.with_name(f"{path.name}.part")
             if not source.is_file():
-                raise UserError(
-                    f"the mirror has no {source}", "complete the mirror, or correct its SHA256SUMS"
-                )
+                raise UserError(f"the mirror has no {source}", "complete it, or correct its SHA256SUMS")
             shutil.copyfile(source, temporary)
             _check(temporary, entry, str(source))
             publish(temporary, path)
+        elif repo.offline:
+            _refuse_offline(repo, name)
         elif repo.mirror:
             fetch_url(f"{repo.mirror.rstrip('/')}/{repo.prefix}{name}", path, entry["sha256"])
         elif repo.name == PLAIN:
@@ -289,7 +277,10 @@ def _fetch_one(repo: Repo, name: str) -> Entry:
         else:
             _from_hub(repo, manifest["revision"], entry, path)
         facts = {"size": path.stat().st_size, "sha256": hash_file(path), "verified": True}
-        return _record(repo, name, facts | _count_rows(path))
+        if path.suffix == ".parquet":
+            metadata = parquet_metadata(path)
+            facts |= {"rows": metadata.num_rows, "row_groups": metadata.num_row_groups}
+        return _record(repo, name, facts)
 
 
 def _from_hub(repo: Repo, revision: str | None, entry: Entry, path: Path) -> None:
@@ -323,20 +314,17 @@ def _check(path: Path, entry: Entry, what: str) -> None:
         good = hashlib.sha1(b"blob %d\0" % size + path.read_bytes()).hexdigest() == entry["git"]
     if not good or entry["size"] not in (None, size):
         path.unlink()
-        raise UserError(
-            f"{what} does not agree with its recorded size and hash", "the source is damaged or changed"
-        )
+        raise UserError(f"{what} does not agree with its recorded size and hash", "its source is damaged")
 
 
-def _count_rows(path: Path) -> Entry:
-    if path.suffix != ".parquet":
-        return {}
+def parquet_metadata(path: Path) -> Any:
+    """A parquet file's footer, as pyarrow gives it; UserError if it has none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        metadata = pq.read_metadata(path)
+        return pq.read_metadata(path)
     except (OSError, pa.ArrowException) as error:
-        problem = f"{path} has the published hash and is no parquet file: {error}"
-        raise UserError(problem, "choose another revision") from error
-    return {"rows": metadata.num_rows, "row_groups": metadata.num_row_groups}
+        raise UserError(
+            f"{path} cannot be read as parquet: {error}", "delete it and fetch it again"
+        ) from error

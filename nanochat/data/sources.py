@@ -49,14 +49,9 @@ class Source(Protocol):
 
 
 def open_source(
-    uri: str,
-    *,
-    home: Home,
-    seed: int,
-    num_shards: int | None = None,
-    mirror: str | None = None,
+    uri: str, *, home: Home, seed: int, num_shards: int | None = None, mirror: str | None = None,
     offline: bool = False,
-) -> Source:
+) -> Source:  # fmt: skip
     """The source named by `uri`. num_shards (None: all), mirror and offline concern `hub:` only."""
     kind, _, rest = uri.partition(":")
     if kind == "synthetic" and not rest:
@@ -117,16 +112,9 @@ class FileSource:
     """
 
     def __init__(
-        self,
-        name: str,
-        chunks: list[Chunk],
-        read: Callable[[Chunk], list[str]],
-        content: Any,
-        seed: int,
-        *,
-        val_chunks: list[Chunk] | None = None,
-        by_file: bool = False,
-    ) -> None:
+        self, name: str, chunks: list[Chunk], read: Callable[[Chunk], list[str]], content: Any, seed: int,
+        *, val_chunks: list[Chunk] | None = None, by_file: bool = False,
+    ) -> None:  # fmt: skip
         self.name, self._seed, self._by_file = name, seed, by_file
         self._chunks, self._val_chunks, self._read = chunks, val_chunks, read
         self._fingerprint = _digest(content, seed)
@@ -253,24 +241,16 @@ def _parquet_source(
 
 def _footer(path: Path) -> tuple[list[int], str]:
     """(row groups that hold rows, an identity: the file's size and a hash of its footer)."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            metadata, columns = file.metadata, file.schema_arrow.names
-        with path.open("rb") as raw:
-            size = raw.seek(-8, 2) + 8
-            raw.seek(-8 - int.from_bytes(raw.read(4), "little"), 2)
-            footer = hashlib.sha256(raw.read()).hexdigest()
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(
-            f"{path} cannot be read as parquet: {_line(error)}", "delete it and fetch it again"
-        ) from error
+    metadata = hub.parquet_metadata(path)
+    columns = metadata.schema.to_arrow_schema().names
     if "text" not in columns:
         raise UserError(
             f"{path} has no column 'text', only {', '.join(columns)}", "give files with that column"
         )
+    with path.open("rb") as raw:
+        size = raw.seek(-8, 2) + 8
+        raw.seek(-8 - int.from_bytes(raw.read(4), "little"), 2)
+        footer = hashlib.sha256(raw.read()).hexdigest()
     groups = [group for group in range(metadata.num_row_groups) if metadata.row_group(group).num_rows]
     return groups, f"{size} {footer}"
 
@@ -283,14 +263,8 @@ def _read_group(chunk: Chunk) -> list[str]:
         with pq.ParquetFile(chunk.path, page_checksum_verification=True) as file:
             return file.read_row_group(chunk.start, columns=["text"], use_threads=False).column(0).to_pylist()
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{chunk.path} is damaged in row group {chunk.start}: {_line(error)}",
-            "delete it and fetch it again (python -m scripts.data --verify)",
-        ) from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+        problem = f"{chunk.path} is damaged in row group {chunk.start}: {' '.join(str(error).split())}"
+        raise UserError(problem, "delete it and fetch it again (python -m scripts.data --verify)") from error
 
 
 # text and jsonl
