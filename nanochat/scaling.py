@@ -172,8 +172,8 @@ def plan(
 
 # The base runs of the presets: arguments of plan(). scripts.base_train and scripts.plan read them here.
 RUNS: dict[str, dict[str, Any]] = {
-    "smoke": {"depth": 2, "aspect": 32, "head_dim": 32, "sequence_len": 64, "window_pattern": "L", "num_steps": 10,
-              "batch_tokens": 1024, "device_batch": 8, "vocab_size": 512},
+    "smoke": {"depth": 2, "aspect": 32, "head_dim": 32, "sequence_len": 128, "window_pattern": "L", "num_steps": 10,
+              "batch_tokens": 1024, "device_batch": 4, "vocab_size": 512},
     "cpu-demo": {"depth": 4, "aspect": 32, "head_dim": 64, "sequence_len": 256, "window_pattern": "L", "num_steps": 600,
                  "batch_tokens": 8192, "device_batch": 32, "vocab_size": 2048},
     "single-gpu": {"depth": 12},

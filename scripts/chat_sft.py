@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from nanochat import config, errors, runtime
 from nanochat.config import setting
 from nanochat.optim.schedule import linear_to_zero, post_training_momentum
+from nanochat.paths import Home
 from nanochat.train.loop import Rates
 from nanochat.train.tune import Recipe, tune
 from tasks.mixtures import mixture
@@ -37,7 +38,7 @@ class Settings:
 
 
 PRESETS = {
-    "smoke": Settings(mixture="smoke", device_batch=8, eval_every=5, save_every=5),
+    "smoke": Settings(mixture="smoke", device_batch=4, eval_every=5, save_every=5),
     "cpu-demo": Settings(mixture="cpu-demo", save_every=100, eval_every=100),
     "single-gpu": Settings(mixture="single-gpu"),
     "speedrun": Settings(mixture="speedrun", device_batch=8),
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     rt = runtime.start(cfg.device, cfg.dtype)
     try:
         recipe = Recipe("sft", ("mid", "base"), "assistant", not cfg.fresh_optimizer, schedule, rates={})
-        tune(recipe, cfg, rt, mixture("sft", cfg.mixture, cfg.seed))
+        tune(recipe, cfg, rt, mixture("sft", cfg.mixture, cfg.seed, home=Home.find(cfg.home)))
     finally:
         runtime.close(rt)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from nanochat import checkpoint
 from nanochat.data.loader import ConversationBatches
@@ -21,14 +21,22 @@ from nanochat.train.loop import Rates
 from nanochat.train.run import run_stage
 from nanochat.train.stage import open_stage
 
-VALIDATION_EVERY = 100  # each 100th conversation is held out
+VALIDATION_EVERY = 100  # each 100th conversation is held out; each 10th of fewer than 1,000
 VALIDATION_MOST = 256
+
+
+class Rows(Protocol):
+    """Conversations by number, such as a task or a mixture."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> Any: ...
 
 
 class Subset:
     """The rows of `items` at `indices`."""
 
-    def __init__(self, items: Sequence[Any], indices: Sequence[int]) -> None:
+    def __init__(self, items: Rows, indices: list[int]) -> None:
         self.items, self.indices = items, indices
 
     def __len__(self) -> int:
@@ -38,13 +46,14 @@ class Subset:
         return self.items[self.indices[i]]
 
 
-def split(items: Sequence[Any]) -> tuple[Subset, Subset]:
-    """(train, validation): every 100th row is held out, at most 256 and at least one. ValueError for fewer than 2."""
+def split(items: Rows) -> tuple[Subset, Subset]:
+    """(train, validation): VALIDATION_EVERY, at most 256 and at least one. Raises UserError for fewer than 2."""
     if len(items) < 2:
-        raise ValueError(f"training needs at least 2 conversations (one is held out), found {len(items)}")
-    held = list(range(VALIDATION_EVERY - 1, len(items), VALIDATION_EVERY))[:VALIDATION_MOST] or [
-        len(items) - 1
-    ]
+        raise UserError(
+            f"training needs at least 2 conversations (one is held out), found {len(items)}", "add more"
+        )
+    stride = VALIDATION_EVERY if len(items) >= 10 * VALIDATION_EVERY else VALIDATION_EVERY // 10
+    held = list(range(stride - 1, len(items), stride))[:VALIDATION_MOST] or [len(items) - 1]
     out = set(held)
     return Subset(items, [i for i in range(len(items)) if i not in out]), Subset(items, held)
 
@@ -61,9 +70,7 @@ class Recipe:
     rates: dict[str, float]
 
 
-def tune(
-    recipe: Recipe, cfg: Any, rt: Runtime, task: Sequence[Any], prompts: Sequence[list[int]] = ()
-) -> None:
+def tune(recipe: Recipe, cfg: Any, rt: Runtime, task: Rows, prompts: tuple[str, ...] = ()) -> None:
     """Train `recipe.stage` on `task` from the newest parent, with the base run's shape and batch-size factor."""
     home = Home.find(cfg.home)
     tok = RustBPETokenizer.from_directory(home.tokenizer_dir)
