@@ -61,6 +61,7 @@ if command -v cargo >/dev/null && [ -f rustbpe/Cargo.toml ]; then
     fi
 else
     cp constraints.txt .venv/constraints.txt
+    rm -f .venv/rustbpe.stamp
     echo "installing: no cargo here, so rustbpe comes from PyPI instead of rustbpe/"
 fi
 
