@@ -11,11 +11,21 @@ from typing import Any
 import torch
 
 NORM_EPS = 2.0**-23
+ROPE_BASE = 100_000.0
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
     """x / sqrt(mean(x^2) + 2^-23) over the last axis (RMSNorm, arXiv 1910.07467), statistics in at least fp32."""
     return Norm.apply(x)  # type: ignore[no-any-return]
+
+
+def rope_tables(
+    positions: torch.Tensor, head_dim: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, (..., 1, E/2), of positions (...): angles in fp32, tables in `dtype` (RoFormer, arXiv 2104.09864)."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions.float().unsqueeze(-1) / ROPE_BASE**exponents
+    return angles.cos().unsqueeze(-2).to(dtype), angles.sin().unsqueeze(-2).to(dtype)
 
 
 def rotate_norm(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float) -> torch.Tensor:

@@ -17,9 +17,9 @@ from torch import nn
 
 from nanochat.cross_entropy import CHUNK_LOGITS, softcap, weighted_nll
 from nanochat.flash_attention import flash_attn
-from nanochat.fused import mix, norm, relu_squared, rotate_norm
+from nanochat.fused import mix, norm, relu_squared, rope_tables, rotate_norm
+from nanochat.scaling import flops_per_token, windows
 
-ROPE_BASE = 100_000.0
 QK_SCALE = 1.2
 SMEAR_CHANNELS = 24
 VE_GATE_CHANNELS = 12
@@ -60,23 +60,11 @@ class GPTConfig:
     @property
     def windows(self) -> list[int]:
         """How many keys to its left a query sees, by layer: T for L, 128 * ceil(T / 512) for S; the last layer is L."""
-        short = 128 * -(-self.sequence_len // 512)
-        pattern = self.window_pattern.upper()
-        letters = [pattern[i % len(pattern)] for i in range(self.n_layer - 1)] + ["L"]
-        return [self.sequence_len if letter == "L" else min(short, self.sequence_len) for letter in letters]
+        return windows(self.n_layer, self.sequence_len, self.window_pattern)
 
     def has_value_embedding(self, layer: int) -> bool:
         """Every second layer, so that the last one always has it."""
         return layer % 2 == (self.n_layer - 1) % 2
-
-
-def rope_tables(
-    positions: torch.Tensor, head_dim: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, (..., 1, E/2), of positions (...): angles in fp32, tables in `dtype` (RoFormer, arXiv 2104.09864)."""
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions.float().unsqueeze(-1) / ROPE_BASE**exponents
-    return angles.cos().unsqueeze(-2).to(dtype), angles.sin().unsqueeze(-2).to(dtype)
 
 
 class Linear(nn.Linear):
@@ -370,13 +358,10 @@ class GPT(nn.Module):
 
     def estimate_flops(self, causal: bool = False) -> float:
         """FLOPs per token, forward and backward: 6 P_mm + 12 D sum(min(w, T)); `causal` counts only visible keys."""
-        cfg, T = self.config, self.config.sequence_len
         matrices = self.num_scaling_params()["scaling"] + SMEAR_CHANNELS
-        keys = 0.0
-        for window in cfg.windows:
-            m = min(window + 1, T)
-            keys += m - m * (m - 1) / (2 * T) if causal else min(window, T)
-        return 6 * matrices + 12 * cfg.n_embd * keys
+        return flops_per_token(
+            matrices, self.config.n_embd, self.config.windows, self.config.sequence_len, causal
+        )
 
     def setup_optimizer(
         self, *, batch_tokens: int = 2**19, weight_decay: float = 0.28, lr_scale: float = 1.0, **rates: float

@@ -80,10 +80,21 @@ def count_params(depth: int, width: int, kv_dim: int, kv_heads: int, vocab: int)
 
 
 def windows(depth: int, sequence_len: int, pattern: str) -> list[int]:
-    """Keys to the left by layer; see GPTConfig.windows, which a test holds equal."""
+    """Keys to the left by layer: T for L, 128 * ceil(T / 512) for S; the last layer is always L."""
     short = min(128 * -(-sequence_len // 512), sequence_len)
     letters = [pattern.upper()[i % len(pattern)] for i in range(depth - 1)] + ["L"]
     return [sequence_len if letter == "L" else short for letter in letters]
+
+
+def flops_per_token(
+    matrices: int, width: int, layer_windows: list[int], sequence_len: int, causal: bool = False
+) -> float:
+    """Forward and backward: 6 FLOPs per matrix parameter, 12 D per visible key; `causal` counts keys exactly."""
+    keys = 0.0
+    for window in layer_windows:
+        m = min(window + 1, sequence_len)
+        keys += m - m * (m - 1) / (2 * sequence_len) if causal else min(window, sequence_len)
+    return 6 * matrices + 12 * width * keys
 
 
 def best_batch(horizon_tokens: float, ref_horizon: float) -> int:
@@ -125,8 +136,8 @@ def plan(
         fits = ", ".join(str(k) for k in range(1, heads + 1) if heads % k == 0)
         raise ValueError(f"num_kv_heads must divide the {heads} heads, found {kv_heads}; these do: {fits}")
     counts = count_params(depth, width, kv_heads * head_dim, kv_heads, vocab_size)
-    visible = sum(min(w, sequence_len) for w in windows(depth, sequence_len, window_pattern))
-    flops = 6.0 * (counts["scaling"] + 24) + 12.0 * width * visible
+    layer_windows = windows(depth, sequence_len, window_pattern)
+    flops = flops_per_token(counts["scaling"] + 24, width, layer_windows, sequence_len)
     ref_horizon = ratio * REF_PARAMS
     horizon = ratio * counts["scaling"] if target_flops is None else target_flops / flops
     step_rows_tokens = device_batch * sequence_len * world_size
