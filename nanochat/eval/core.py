@@ -1,0 +1,253 @@
+"""CORE: 22 in-context tasks of a base model; the mean of accuracies centred on chance (DCLM, 2406.11794).
+
+Three types. Multiple choice: one context, several endings. Schema: several contexts, one ending. Language
+modelling: the ending must be what the model would say. Rules: training.md section 5, "CORE". Left out: shared
+prompt prefixes are computed once per ending; references of other models.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import random
+import shutil
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from nanochat.data.hub import plain_file
+from nanochat.errors import UserError
+from nanochat.eval.rows import batch_tokens_for, score_endings
+from nanochat.paths import Home
+from nanochat.runtime import Runtime
+
+RECORD_SEED, SHOT_SEED = 1337, 1234
+CHUNK_EXAMPLES = 256  # whose token rows are held at once
+KINDS = ("multiple_choice", "schema", "language_modeling")
+
+Record = dict[str, Any]
+Row = tuple[list[int], int]  # ids, and where the scored ending starts
+
+
+@dataclass(frozen=True)
+class CoreTask:
+    """One of the tasks that core.yaml lists; `chance` is the accuracy of guessing, in [0, 1)."""
+
+    name: str
+    kind: str
+    file: Path
+    num_shots: int
+    delimiter: str
+    chance: float
+
+
+# ------------------------------------------------------------------ the bundle
+
+
+def find_bundle(home: Home, *, mirror: str | None = None, offline: bool = False) -> Path:
+    """The unpacked bundle, fetched and unpacked if need be. Raises UserError when it cannot be had."""
+    directory = home.eval_bundle_dir
+    if not (directory / "core.yaml").exists():
+        archive = plain_file("eval_bundle.zip", home=home, mirror=mirror, offline=offline)
+        temporary = directory.with_name(".eval_bundle.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            with zipfile.ZipFile(archive) as packed:
+                packed.extractall(temporary)
+            (temporary / "eval_bundle").replace(directory)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"{archive} cannot be unpacked: {error}", "delete both and run again") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return directory
+
+
+def load_tasks(bundle: Path) -> tuple[list[CoreTask], list[str]]:
+    """(tasks whose file is there, names of the others), in the bundle's order."""
+    try:
+        chances = _chances(bundle / "eval_meta_data.csv")
+        tasks = [
+            CoreTask(
+                name=entry["label"],
+                kind=entry["icl_task_type"],
+                file=bundle / "eval_data" / entry["dataset_uri"],
+                num_shots=entry["num_fewshot"][0],
+                delimiter=entry.get("continuation_delimiter", " "),
+                chance=chances[entry["label"]],
+            )
+            for entry in _read_list((bundle / "core.yaml").read_text(encoding="utf-8"))
+        ]
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(
+            f"the CORE bundle in {bundle} cannot be read: {error!r}", "delete it; it is fetched again"
+        ) from error
+    wrong = [task.name for task in tasks if task.kind not in KINDS]
+    if wrong or not tasks:
+        raise UserError(f"core.yaml lists no tasks, or of unknown type: {wrong}", "delete the bundle")
+    here = [task for task in tasks if task.file.exists()]
+    return here, [task.name for task in tasks if task not in here]
+
+
+def fingerprint(tasks: Sequence[CoreTask]) -> str:
+    """A short hash of the tasks and the sizes of their files."""
+    facts = [[t.name, t.kind, t.num_shots, t.delimiter, t.chance, t.file.stat().st_size] for t in tasks]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _read_list(text: str) -> list[dict[str, Any]]:
+    """The one list of flat mappings that core.yaml is: "-" begins an entry, "key: value" lines follow."""
+    entries: list[dict[str, Any]] = []
+    for line in text.splitlines()[1:]:
+        line = line.strip()
+        if line.startswith("-"):
+            entries.append({})
+            line = line[1:].strip()
+        key, colon, value = line.partition(":")
+        if colon:
+            try:
+                entries[-1][key] = json.loads(value)
+            except ValueError:
+                entries[-1][key] = value.strip()
+    return entries
+
+
+def _chances(path: Path) -> dict[str, float]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)}
+
+
+def read_records(task: CoreTask, max_records: int | None = None) -> list[Record]:
+    """The records, shuffled by Random(1337), then capped."""
+    try:
+        records = [
+            json.loads(line) for line in task.file.read_text(encoding="utf-8").split("\n") if line.strip()
+        ]
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{task.file} cannot be read: {error}", "delete the bundle; it is fetched again"
+        ) from error
+    random.Random(RECORD_SEED).shuffle(records)
+    return records[:max_records]
+
+
+# ------------------------------------------------------------------ one example
+
+
+def shots(index: int, num_records: int, num_shots: int) -> list[int]:
+    """The records shown before record `index`: Random(1234 + index) draws among the others (at most all)."""
+    others = range(num_records - 1)  # stands for the list without `index`; sample() looks at its length only
+    drawn = random.Random(SHOT_SEED + index).sample(others, min(num_shots, len(others)))
+    return [i + (i >= index) for i in drawn]
+
+
+def endings(task: CoreTask, record: Record) -> list[tuple[str, str]]:
+    """(context with delimiter, continuation) of each candidate."""
+    if task.kind == "multiple_choice":
+        return [(record["query"] + task.delimiter, choice) for choice in record["choices"]]
+    if task.kind == "schema":
+        return [(context + task.delimiter, record["continuation"]) for context in record["context_options"]]
+    return [(record["context"].strip() + task.delimiter, record["continuation"])]
+
+
+def prompts(task: CoreTask, records: Sequence[Record], index: int) -> list[str]:
+    """Shots and then each candidate; for language modelling, [without, with] the continuation."""
+    before = ""
+    for i in shots(index, len(records), task.num_shots):
+        before += "".join(endings(task, records[i])[records[i].get("gold", 0)]) + "\n\n"
+    candidates = [(before + context, ending) for context, ending in endings(task, records[index])]
+    if task.kind == "language_modeling":
+        ((context, ending),) = candidates
+        return [context.strip(), context + ending]
+    return [context + ending for context, ending in candidates]
+
+
+def common_length(rows: Sequence[Sequence[int]]) -> int:
+    """How many leading tokens all rows share."""
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*rows)))
+
+
+def scored_rows(task: CoreTask, encoded: list[list[int]]) -> list[Row]:
+    """From the token rows of `prompts` to the rows that are scored, and where their endings start.
+
+    Each ending holds one token at least and leaves one before it. ValueError if the prompt without the
+    continuation is no prefix of the whole one: then no token borders on the continuation.
+    """
+    shortest = min(map(len, encoded))
+    if task.kind == "multiple_choice":
+        start = min(common_length(encoded), shortest - 1)
+        return [(ids, start) for ids in encoded]
+    if task.kind == "schema":
+        size = min(max(common_length([ids[::-1] for ids in encoded]), 1), shortest - 1)
+        return [(ids, len(ids) - size) for ids in encoded]
+    without, whole = encoded
+    if whole[: len(without)] != without or len(whole) == len(without):
+        raise ValueError(f"{task.name}: the prompt's tokens must begin the tokens of prompt and continuation")
+    return [(whole, len(without))]
+
+
+def is_right(task: CoreTask, record: Record, scores: Sequence[tuple[float, bool]]) -> bool:
+    """Whether the scores (mean nll, all argmax) of an example's rows make it a right answer."""
+    if task.kind == "language_modeling":
+        return scores[0][1]
+    nlls = [nll for nll, _ in scores]
+    return nlls.index(min(nlls)) == record["gold"]
+
+
+# ------------------------------------------------------------------ whole tasks
+
+
+def evaluate_task(
+    task: CoreTask,
+    records: Sequence[Record],
+    model: Any,
+    tok: Any,
+    rt: Runtime,
+    batch_tokens: int | None = None,
+) -> dict[str, Any]:
+    """The facts of one task. num_long counts the examples that are longer than T; they are not cut."""
+    begun, counts, bos = time.perf_counter(), [0, 0, 0], tok.get_bos_token_id()
+    for indices in _chunks(range(rt.rank, len(records), rt.world_size)):
+        texts = [prompts(task, records, i) for i in indices]
+        flat = iter(tok.encode([text for each in texts for text in each], prepend=bos))
+        examples = [scored_rows(task, [next(flat) for _ in each]) for each in texts]
+        rows = [row for example in examples for row in example]
+        scores = iter(score_endings(model, rows, batch_tokens or batch_tokens_for(rt.device)))
+        for i, example in zip(indices, examples, strict=True):
+            counts[0] += is_right(task, records[i], [next(scores) for _ in example])
+            counts[1] += max(len(ids) for ids, _ in example) > model.config.sequence_len
+            counts[2] += 1
+    right, num_long, total = (sum(column) for column in zip(*rt.gather(counts)))
+    accuracy = right / total if total else 0.0
+    return {
+        "accuracy": accuracy,
+        "centred": (accuracy - task.chance) / (1 - task.chance),
+        "chance": task.chance,
+        "total": total,
+        "num_long": num_long,
+        "seconds": round(time.perf_counter() - begun, 2),
+    }
+
+
+def _chunks(indices: range) -> Iterator[range]:
+    return (indices[i : i + CHUNK_EXAMPLES] for i in range(0, len(indices), CHUNK_EXAMPLES))
+
+
+def evaluate_core(
+    tasks: Sequence[CoreTask], model: Any, tok: Any, rt: Runtime, *, max_per_task: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:  # fmt: skip
+    """{"core": mean of the centred accuracies, "tasks": {name: facts}}. `say` gets a line per task."""
+    facts: dict[str, dict[str, Any]] = {}
+    for task in tasks:
+        found = facts[task.name] = evaluate_task(task, read_records(task, max_per_task), model, tok, rt)
+        say(
+            f"core {task.name}: accuracy {found['accuracy']:.4f}, centred {found['centred']:+.4f}"
+            f" ({found['total']} examples, {found['seconds']:.0f} s)"
+        )
+    mean = sum(found["centred"] for found in facts.values()) / len(facts) if facts else None
+    return {"core": mean, "tasks": facts}

@@ -1,0 +1,146 @@
+"""Measure the base model: bits per byte on the validation split, samples, and CORE where its data is present.
+
+python -m scripts.base_eval --preset=cpu-demo
+torchrun --standalone --nproc_per_node=8 -m scripts.base_eval --preset=speedrun
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from nanochat import config, errors, models, runtime
+from nanochat.config import setting
+from nanochat.data.loader import validation_batches
+from nanochat.data.sources import open_source
+from nanochat.engine import Engine
+from nanochat.engine.text import answer_of
+from nanochat.eval import core
+from nanochat.eval.bpb import evaluate_bpb
+from nanochat.paths import Home
+from nanochat.train.stage import open_stage
+
+
+@dataclass(frozen=True)
+class Settings:
+    home: str | None = setting(None, "directory of all runs (default: NANOCHAT_HOME, else the user's cache)")
+    tag: str = setting("main", "name of the run")
+    seed: int | None = setting(None, "seed of the validation documents (default: the base run's)")
+    step: int | None = setting(None, "checkpoint to measure (default: the newest)")
+    data: str | None = setting(None, "source of the validation documents (default: the base run's)")
+    eval_tokens: int = setting(80 * 524288, "validation tokens")
+    device_batch: int = setting(32, "rows per forward pass on one device")
+    max_per_task: int | None = setting(None, "CORE: examples per task (default: all; 0: no CORE)")
+    sample_tokens: int = setting(48, "tokens of each sample (0: no samples)")
+    device: str | None = setting(None, "cpu, cuda or mps (default: what there is)")
+    dtype: str | None = setting(None, "float32, bfloat16 or float16 (default: bfloat16 where fast)")
+    offline: bool = setting(False, "open no connection")
+    mirror: str | None = setting(None, "directory or URL that replaces the hub (default: NANOCHAT_MIRROR)")
+
+
+PRESETS = {
+    "smoke": Settings(eval_tokens=4096, device_batch=8, max_per_task=0, sample_tokens=8, offline=True),
+    "cpu-demo": Settings(eval_tokens=262144, max_per_task=20, offline=True),
+    "single-gpu": Settings(),
+    "speedrun": Settings(device_batch=8),
+}
+PROMPTS = (
+    "The capital of France is",
+    "The chemical symbol of gold is",
+    "If yesterday was Friday, then tomorrow will be",
+    "The opposite of hot is",
+    "The planets of the solar system are:",
+    "My favourite colour is",
+    "Once upon a time",
+    "12 + 30 =",
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = config.parse(Settings, PRESETS, argv, __doc__)
+    rt = runtime.start(cfg.device, cfg.dtype)
+    try:
+        measure(cfg, rt)
+    finally:
+        runtime.close(rt)
+
+
+def measure(cfg: Settings, rt: runtime.Runtime) -> None:
+    home = Home.find(cfg.home)
+    model, tok, found = models.load_model(home, cfg.tag, "base", rt=rt, step=cfg.step)
+    trained: dict[str, Any] = found.meta.get("settings", {})
+    data = cfg.data or trained.get("data")
+    if data is None:
+        raise errors.UserError(
+            "the checkpoint does not say which data it was trained on", "name the validation data: --data=..."
+        )
+    seed = cfg.seed if cfg.seed is not None else trained.get("seed", 1)
+    source = open_source(
+        data, home=home, seed=seed, mirror=cfg.mirror or trained.get("mirror"), offline=cfg.offline
+    )
+    tasks, missing, note = find_core(cfg, home, rt)
+    parent = ["base", found.meta.get("key"), found.step]
+    inputs = {"tokenizer": tok.fingerprint(), "parent": parent, "data": source.fingerprint()}
+    stage = open_stage("base_eval", cfg, rt, inputs | {"core": core.fingerprint(tasks) if tasks else None})
+    if stage.finished:
+        rt.say(f"base_eval: already finished, bits per byte {stage.finished['val_bpb']}")
+        return
+    begun, T = time.perf_counter(), model.config.sequence_len
+    rows = validation_batches(
+        source,
+        tok,
+        sequence_len=T,
+        device_batch=cfg.device_batch,
+        rt=rt,
+        num_rows=max(1, cfg.eval_tokens // T),
+    )
+    bpb = evaluate_bpb(model, rows, tok.token_bytes(), rt)
+    rt.say(f"base_eval: bits per byte {bpb:.5f} on {rows.num_rows:,} validation rows of {T} tokens")
+    samples = continuations(model, tok, cfg.sample_tokens) if rt.is_main and cfg.sample_tokens else []
+    rt.say("\n".join(f"  | {prompt}{text}" for prompt, text in samples))
+    facts: dict[str, Any] = {"core": None, "tasks": {}}
+    if tasks:
+        facts = core.evaluate_core(tasks, model, tok, rt, max_per_task=cfg.max_per_task, say=rt.say)
+        rt.say(f"base_eval: CORE {facts['core']:.4f} over {len(tasks)} tasks" + (f"; {note}" if note else ""))
+    else:
+        rt.say(f"CORE not run: {note}")
+    stage.finish(
+        parent=parent, val_bpb=bpb if math.isfinite(bpb) else None, val_rows=rows.num_rows, samples=samples,
+        core=facts["core"], core_note=note, core_tasks=facts["tasks"], core_missing=missing,
+        seconds=round(time.perf_counter() - begun, 2),
+    )  # fmt: skip
+
+
+def find_core(
+    cfg: Settings, home: Home, rt: runtime.Runtime
+) -> tuple[list[core.CoreTask], list[str], str | None]:
+    """(CORE's tasks, names of those without data, a note for people); if there is no task, it says why."""
+    if cfg.max_per_task == 0:
+        return [], [], "--max-per-task is 0"
+    note: str | None = None
+    if rt.is_main:
+        try:
+            core.find_bundle(home, mirror=cfg.mirror, offline=cfg.offline)
+        except errors.UserError as error:
+            note = f"{error.problem} ({error.hint})"
+    note = rt.gather(note)[0]
+    if note is not None:
+        return [], [], note
+    tasks, missing = core.load_tasks(home.eval_bundle_dir)
+    capped = [] if cfg.max_per_task is None else [f"at most {cfg.max_per_task} examples per task"]
+    lacking = [f"without {', '.join(missing)}, whose data is missing"] if missing else []
+    return tasks, missing, "; ".join(capped + lacking) or None
+
+
+def continuations(model: Any, tok: Any, num_tokens: int) -> list[tuple[str, str]]:
+    """(prompt, greedy continuation) of PROMPTS."""
+    ids = [tok.encode(prompt, prepend=tok.get_bos_token_id()) for prompt in PROMPTS]
+    room = [i for i, row in enumerate(ids) if len(row) < model.config.sequence_len]
+    done = Engine(model, tok).complete([ids[i] for i in room], max_tokens=num_tokens, temperature=0.0)
+    return [(PROMPTS[i], answer_of(one.ids, tok)) for i, one in zip(room, done, strict=True)]
+
+
+if __name__ == "__main__":
+    raise SystemExit(errors.run(main))
