@@ -1,0 +1,125 @@
+"""How well the tokenizer compresses: bytes per token on samples and validation text, beside GPT-2 and GPT-4.
+
+python -m scripts.tok_eval
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from nanochat import config, errors
+from nanochat.config import setting
+from nanochat.data.sources import open_source
+from nanochat.paths import Home
+from nanochat.runtime import Runtime
+from nanochat.tokenizer import RustBPETokenizer
+from nanochat.train.stage import open_stage
+
+OTHERS = ("gpt2", "cl100k_base")
+SAMPLES = {
+    "English": "The ferry left at dawn. Nobody on deck spoke, because everyone was listening to the fog: it "
+    "carried the bell of the lighthouse, twice a minute, and between two strokes you could hear the island.",
+    "code": "def median(numbers):\n    numbers = sorted(numbers)\n    half = len(numbers) // 2\n"
+    "    if len(numbers) % 2:\n        return numbers[half]\n    return sum(numbers[half - 1 : half + 1]) / 2\n",
+    "maths": r"Let $a_0 = 1$ and $a_{n+1} = \frac{a_n}{2} + \frac{1}{a_n}$. Then $a_n^2 > 2$ for $n \geq 1$, "
+    r"and $|a_n - \sqrt{2}| \leq 2^{-n}$; for example $a_3 = \frac{577}{408} \approx 1.414216$.",
+    "Korean": "할머니는 매일 아침 마당의 감나무에 물을 주셨다. 가을이 되면 우리는 잘 익은 감을 땄다.",
+    "Chinese": "河边的老桥已经有三百年了。每到春天,孩子们都会在桥上放风筝,老人们喝茶聊天。",
+    "Russian": "Зимой река замерзала, и мы ходили в школу прямо по льду. Дед говорил: лёд помнит каждый шаг.",
+    "emoji": "Good morning ☀️🐓! Breakfast 🥐☕, then a walk 🚶🌳, then 🎉🎂 at six 🕕 with all of us 👵👦❤️.",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    home: str | None = setting(None, "directory of all runs (default: NANOCHAT_HOME, else the user's cache)")
+    tag: str = setting("main", "name of the run")
+    seed: int = setting(1, "seed of the data source")
+    data: str = setting("synthetic", "source: synthetic, parquet:DIR, jsonl:FILE, text:PATH, hub:OWNER/NAME")
+    max_chars: int = setting(2_000_000, "characters of validation text (0: none)")
+    wait: float = setting(10.0, "seconds to wait for an encoding that has to be fetched")
+    shards: int | None = setting(None, "training shards to have (hub only; default: all)")
+    offline: bool = setting(False, "open no connection for the data")
+    mirror: str | None = setting(None, "directory or URL that replaces the hub (default: NANOCHAT_MIRROR)")
+
+
+_hub = Settings(data="hub:karpathy/climbmix-400b-shuffle", shards=8)
+PRESETS = {
+    "smoke": Settings(max_chars=50_000, wait=1.0),
+    "cpu-demo": Settings(),
+    "single-gpu": _hub,
+    "speedrun": replace(_hub),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = config.parse(Settings, PRESETS, argv, __doc__)
+    home = Home.find(cfg.home)
+    tok = RustBPETokenizer.from_directory(home.tokenizer_dir)
+    source = open_source(
+        cfg.data, home=home, seed=cfg.seed, num_shards=cfg.shards, mirror=cfg.mirror, offline=cfg.offline
+    )
+    inputs = {"tokenizer": tok.fingerprint(), "source": source.fingerprint()}
+    with open_stage("tok_eval", cfg, Runtime(torch.device("cpu"), torch.float32), inputs) as stage:
+        if stage.finished:
+            print(table(stage.finished["bytes_per_token"], stage.finished["bytes"]))
+            return
+        texts = {name: [text] for name, text in SAMPLES.items()}
+        texts["validation"] = validation(source.documents("val") if cfg.max_chars else (), cfg.max_chars)
+        sizes = {
+            name: sum(len(text.encode("utf-8", "replace")) for text in some) for name, some in texts.items()
+        }
+        toks: dict[str, RustBPETokenizer | None] = {
+            "ours": tok,
+            **{name: load(name, cfg.wait) for name in OTHERS},
+        }
+        ratios: dict[str, dict[str, float | None]] = {
+            name: {what: ratio(one, texts[what]) for what in texts if sizes[what]} if one else {}
+            for name, one in toks.items()
+        }
+        print(table(ratios, sizes))
+        vocab = {name: one and one.get_vocab_size() for name, one in toks.items()}
+        stage.finish(bytes_per_token=ratios, bytes=sizes, vocab_size=vocab)
+
+
+def validation(documents: Iterable[tuple[str, Any]], max_chars: int) -> list[str]:
+    """Validation documents of about `max_chars` characters in all."""
+    texts: list[str] = []
+    for text, _ in documents:
+        texts.append(text[:max_chars])
+        max_chars -= len(text)
+        if max_chars <= 0:
+            break
+    return texts
+
+
+def load(name: str, wait: float) -> RustBPETokenizer | None:
+    """One of tiktoken's encodings, or None (said on the console) when it cannot be had."""
+    try:
+        return RustBPETokenizer.from_pretrained(name, timeout_seconds=wait)
+    except errors.UserError as error:
+        print(f"{name}: not available ({error.problem})")
+        return None
+
+
+def ratio(tok: RustBPETokenizer, texts: list[str]) -> float:
+    """Bytes per token."""
+    return sum(len(text.encode("utf-8", "replace")) for text in texts) / sum(map(len, tok.encode(texts)))
+
+
+def table(ratios: dict[str, dict[str, float | None]], sizes: dict[str, int]) -> str:
+    """Bytes per token: a line a text, a column a tokenizer."""
+    lines = [f"{'bytes per token':16}{'bytes':>10}" + "".join(f"{name:>15}" for name in ratios)]
+    for what, size in sizes.items():
+        cells = [of.get(what) for of in ratios.values()]
+        shown = "".join(f"{'not available' if cell is None else format(cell, '.3f'):>15}" for cell in cells)
+        lines.append(f"{what:16}{size:>10,}{shown}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(errors.run(main))

@@ -1,0 +1,125 @@
+"""Train the tokenizer on the first characters of the training text.
+
+python -m scripts.tok_train --preset=cpu-demo
+python -m scripts.tok_train --data=text:novel.txt --vocab-size=4096
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from nanochat import config, errors, scaling
+from nanochat.config import setting
+from nanochat.data.sources import Source, open_source
+from nanochat.paths import Home
+from nanochat.runtime import Runtime
+from nanochat.tokenizer import FILE_NAME, RustBPETokenizer
+from nanochat.train.stage import open_stage
+
+CHECK_CHARS = 1_000_000  # of validation text, on which compression is measured
+
+
+@dataclass(frozen=True)
+class Settings:
+    home: str | None = setting(None, "directory of all runs (default: NANOCHAT_HOME, else the user's cache)")
+    tag: str = setting("main", "name of the run")
+    seed: int = setting(1, "seed of the document order")
+    data: str = setting("synthetic", "source: synthetic, parquet:DIR, jsonl:FILE, text:PATH, hub:OWNER/NAME")
+    vocab_size: int = setting(32768, "tokens, the nine special ones included")
+    max_chars: int = setting(2_000_000_000, "characters to train on")
+    doc_cap: int = setting(10_000, "characters taken from one document at most")
+    shards: int | None = setting(None, "training shards to have (hub only; default: all)")
+    offline: bool = setting(False, "open no connection")
+    mirror: str | None = setting(None, "directory or URL that replaces the hub (default: NANOCHAT_MIRROR)")
+
+
+_hub = Settings(data="hub:karpathy/climbmix-400b-shuffle", shards=8)
+PRESETS = {
+    "smoke": Settings(vocab_size=scaling.RUNS["smoke"]["vocab_size"], max_chars=200_000),
+    "cpu-demo": Settings(vocab_size=scaling.RUNS["cpu-demo"]["vocab_size"], max_chars=20_000_000),
+    "single-gpu": _hub,
+    "speedrun": replace(_hub),
+}
+
+
+class Feed:
+    """The texts to train on, each cut at `doc_cap`, up to `max_chars` or one pass; it counts them."""
+
+    def __init__(self, source: Source, cfg: Settings) -> None:
+        self.source, self.cfg = source, cfg
+        self.documents = self.chars = self.bytes = 0
+
+    def __iter__(self) -> Iterator[str]:
+        start = shown = time.monotonic()
+        for text, cursor in self.source.documents("train"):
+            if (
+                self.chars >= self.cfg.max_chars or cursor.get("at", [0])[0] > 0
+            ):  # [epoch, ...] of a finite source
+                break
+            text = text[: min(self.cfg.doc_cap, self.cfg.max_chars - self.chars)]
+            self.documents += 1
+            self.chars += len(text)
+            self.bytes += len(text.encode("utf-8", "replace"))
+            yield text
+            if (now := time.monotonic()) - shown > 2:
+                shown = now
+                self.show(now - start, "\r" if sys.stdout.isatty() else "\n")
+        self.show(time.monotonic() - start, "\n")
+
+    def show(self, seconds: float, end: str) -> None:
+        share = f"{self.chars / 1e6:.1f} of at most {self.cfg.max_chars / 1e6:g} M characters"
+        print(f"counting: {share}, {self.bytes / 1e6 / max(seconds, 1e-9):.1f} MB/s ", end=end, flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = config.parse(Settings, PRESETS, argv, __doc__)
+    if min(cfg.max_chars, cfg.doc_cap) < 1 or not 265 <= cfg.vocab_size <= 1 << 24:
+        raise errors.UserError(
+            "--max-chars and --doc-cap must be positive and --vocab-size from 265 to 2^24",
+            f"found {cfg.max_chars}, {cfg.doc_cap} and {cfg.vocab_size}",
+        )
+    home = Home.find(cfg.home)
+    source = open_source(
+        cfg.data, home=home, seed=cfg.seed, num_shards=cfg.shards, mirror=cfg.mirror, offline=cfg.offline
+    )
+    rt = Runtime(torch.device("cpu"), torch.float32)
+    path = home.tokenizer_dir / FILE_NAME
+    with open_stage("tok_train", cfg, rt, {"source": source.fingerprint()}) as stage:
+        earlier = RustBPETokenizer.from_directory(home.tokenizer_dir).fingerprint() if path.exists() else None
+        if stage.finished and stage.finished["tokenizer"] == earlier:
+            print(f"tok_train: already finished, {stage.finished['vocab_size']:,} tokens in {path}")
+            return
+        start = time.monotonic()
+        feed = Feed(source, cfg)
+        tok = RustBPETokenizer.train_from_iterator(feed, cfg.vocab_size)
+        seconds = time.monotonic() - start
+        if earlier is not None and earlier != tok.fingerprint():
+            kept = path.with_name(f"tokenizer-{earlier[:12]}.json")
+            path.replace(kept)
+            print(f"the tokenizer that was here is kept as {kept.name}")
+        tok.save(home.tokenizer_dir)
+        if tok.get_vocab_size() < cfg.vocab_size:
+            print(f"the text has no more pairs: {tok.get_vocab_size()} tokens instead of {cfg.vocab_size}")
+        texts = list(itertools.islice((text for text, _ in source.documents("val")), 1000))
+        check = "\n".join(texts)[:CHECK_CHARS]
+        ratio = len(check.encode("utf-8", "replace")) / len(tok.encode(check))
+        print(f"{tok.get_vocab_size():,} tokens in {seconds:.1f} s, {ratio:.3f} bytes per token: {path}")
+        stage.finish(
+            tokenizer=tok.fingerprint(),
+            vocab_size=tok.get_vocab_size(),
+            seconds=round(seconds, 2),
+            documents=feed.documents,
+            chars=feed.chars,
+            bytes=feed.bytes,
+            bytes_per_token=ratio,
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(errors.run(main))

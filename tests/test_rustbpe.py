@@ -1,0 +1,178 @@
+"""rustbpe from Python: equal to plain Python and to tiktoken, and a superset of the PyPI package."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+import tiktoken
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import rustbpe
+from nanochat import bpe
+from nanochat.tokenizer import SPLIT_PATTERN
+
+ours = pytest.mark.skipif(
+    not hasattr(rustbpe.Tokenizer, "from_ranks"), reason="the PyPI package rustbpe is installed, not ours"
+)
+GPT4_PATTERN = SPLIT_PATTERN.replace("{1,2}", "{1,3}")
+
+# few letters, so that pairs repeat; and anything assigned (\x1c..\x1f are space to `regex` and not to Rust)
+small = st.text(alphabet="ab c'1.\n", max_size=40)
+anything = st.text(
+    st.characters(exclude_categories=("Cs", "Cn"), exclude_characters="\x1c\x1d\x1e\x1f"), max_size=30
+)
+texts = st.lists(small | anything, max_size=6)
+
+
+def train(corpus: list[str], vocab_size: int, pattern: str = SPLIT_PATTERN, **how: int) -> rustbpe.Tokenizer:
+    tok = rustbpe.Tokenizer()
+    tok.train_from_iterator(iter(corpus), vocab_size, pattern=pattern, **how)
+    return tok
+
+
+def tiktoken_of(tok: rustbpe.Tokenizer) -> tiktoken.Encoding:
+    ranks = {bytes(token): rank for token, rank in tok.get_mergeable_ranks()}
+    return tiktoken.Encoding("t", pat_str=tok.get_pattern(), mergeable_ranks=ranks, special_tokens={})
+
+
+@settings(max_examples=60)
+@given(corpus=texts, text=small | anything, vocab_size=st.integers(256, 300))
+@example(corpus=["aaaaaaa aaa aa"], text="aaaaaaaaaaa", vocab_size=262)
+@example(corpus=["ababab", "abab b"], text="bababab", vocab_size=262)
+def test_equals_plain_python(corpus: list[str], text: str, vocab_size: int) -> None:
+    tok = train(corpus, vocab_size)
+    tokens = bpe.train(corpus, vocab_size, SPLIT_PATTERN)
+    assert [(bytes(token), rank) for token, rank in tok.get_mergeable_ranks()] == list(
+        zip(tokens, range(1000))
+    )
+    assert tok.encode(text) == bpe.encode(text, tokens, SPLIT_PATTERN)
+
+
+@settings(max_examples=60)
+@given(corpus=texts, text=small | anything)
+def test_equals_tiktoken(corpus: list[str], text: str) -> None:
+    tok = train([*corpus, text], 400)
+    assert tok.encode(text) == tiktoken_of(tok).encode_ordinary(text)
+    assert tok.decode(tok.encode(text)) == text
+
+
+@ours
+@given(
+    st.lists(st.text("abc", min_size=2, max_size=5), unique=True, max_size=12), st.text("abc ", max_size=150)
+)
+def test_any_ranks_equal_tiktoken(words: list[str], text: str) -> None:
+    """Ranks that no training gives: tokens whose halves are no tokens, in any order."""
+    tokens = [bytes([255 - byte]) for byte in range(256)] + [word.encode() for word in words]
+    tok = rustbpe.Tokenizer.from_ranks([(token, i) for i, token in enumerate(tokens)], GPT4_PATTERN)
+    assert (
+        tok.encode(text) == tiktoken_of(tok).encode_ordinary(text) == bpe.encode(text, tokens, GPT4_PATTERN)
+    )
+
+
+def test_tiktoken_on_long_pieces() -> None:
+    corpus = ["x = [1, 2, 3]\n" * 5, "naïve café 東京タワー 🎈🎈🎈 " * 5]
+    tok = train(corpus, 400)
+    other = tiktoken_of(tok)
+    for text in ["ab" * 200, "x =" * 300, "東京" * 100, "🎈" * 150, " \n \t" * 99, "".join(corpus)]:
+        assert tok.encode(text) == other.encode_ordinary(text)
+
+
+def test_surface_of_the_pypi_package() -> None:
+    tok = rustbpe.Tokenizer()
+    assert (tok.vocab_size, tok.get_pattern(), len(tok.get_mergeable_ranks())) == (256, "", 256)
+    tok.train_from_iterator(iter(["hello hello world"] * 3), 300, buffer_size=2)
+    merges = [b"el", b"hel", b"lo", b"hello", b" w", b" hello", b"ld", b"or", b" wor", b" world"]
+    assert [token for token, _ in tok.get_mergeable_ranks()[256:]] == merges  # as rustbpe 0.1.0 gives them
+    assert (tok.vocab_size, tok.get_pattern()) == (266, GPT4_PATTERN)
+    assert tok.encode("hello") == [259] and tok.decode([259, 265]) == "hello world"
+    assert tok.batch_encode(["hello", "", " world"]) == [[259], [], [265]]
+    assert isinstance(tok.get_mergeable_ranks()[0][0], bytes)
+    with pytest.raises(ValueError, match="Unknown token id: 300"):
+        tok.decode([300])
+    with pytest.raises(ValueError, match="regex"):
+        tok.train_from_iterator(iter(["a"]), 300, pattern="(")
+    with pytest.raises(TypeError):
+        tok.train_from_iterator(iter([1]), 300)
+    with pytest.raises(UnicodeEncodeError):
+        tok.encode("\ud800")
+
+
+@ours
+def test_what_we_add() -> None:
+    tok = train(["hello hello"], 300)
+    same = rustbpe.Tokenizer.from_ranks(tok.get_mergeable_ranks(), tok.get_pattern())
+    assert same.get_mergeable_ranks() == tok.get_mergeable_ranks() and repr(same) == repr(tok)
+    assert tok.decode_bytes([255, 104]) == b"\xffh" and tok.decode([255, 104]) == "\ufffdh"
+    flat, lengths = tok.batch_encode_buffer(["hello", "", "ab"], num_threads=2)
+    assert memoryview(flat).cast("i").tolist() == tok.encode("hello") + [97, 98] and lengths == [1, 0, 2]
+    with pytest.raises(ValueError, match="from 256"):
+        tok.train_from_iterator(iter(["a"]), 255)
+    with pytest.raises(ValueError, match="single byte"):
+        rustbpe.Tokenizer.from_ranks([(b"a", 0)], "")
+    assert rustbpe.Tokenizer().encode("é") == [195, 169]  # untrained: bytes
+
+
+@ours
+def test_threads_and_buffers_change_nothing() -> None:
+    corpus = [f"line {i * i % 97} of the {'very ' * (i % 5)}long text\n" for i in range(500)]
+    merges = train(corpus, 400, buffer_size=8192).get_mergeable_ranks()
+    assert train(corpus, 400, buffer_size=1).get_mergeable_ranks() == merges
+    assert train(corpus[::-1], 400, buffer_size=7).get_mergeable_ranks() == merges
+    tok = train(corpus, 400)
+    one_by_one = [tok.encode(text) for text in corpus]
+    assert all(tok.batch_encode(corpus, num_threads=n) == one_by_one for n in (1, 2, 5))
+
+
+@ours
+@pytest.mark.parametrize("letter", ["a", " ", "🎈", "ab"])
+def test_a_megabyte_of_one_letter(letter: str) -> None:
+    tok = train(["aa aaaa  é🎈🎈 ab abab 11 1111\n\n\n"] * 3, 280)
+    text = letter * (1_000_000 // len(letter.encode()))
+    start = time.process_time()
+    assert tok.decode(tok.encode(text)) == text
+    retrained = train([text, text + "x"], 270)
+    assert time.process_time() - start < 10  # 0.3 s here; quadratic would be hours
+    assert retrained.decode(retrained.encode(text)) == text
+
+
+def test_failed_training_changes_nothing() -> None:
+    tok = train(["hello hello"], 300)
+    before = tok.get_mergeable_ranks()
+
+    def broken() -> object:
+        yield "some text"
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="disk"):
+        tok.train_from_iterator(broken(), 300)
+    assert tok.get_mergeable_ranks() == before
+
+
+COUNTING = "itertools.repeat('some words to count again and again ' * 100)"
+MERGING = "iter([''.join(random.Random(1).choices('abcdefghijklmnopqrstuvwxyz', k=3_000_000))])"
+
+
+@ours
+@pytest.mark.parametrize("work", [COUNTING, MERGING])
+def test_control_c_is_heard(work: str) -> None:
+    code = f"""
+import itertools, random, threading, os, signal, time, rustbpe
+texts = {work}
+def press():
+    time.sleep(0.7)
+    os.kill(os.getpid(), signal.SIGINT)
+tok = rustbpe.Tokenizer()
+threading.Thread(target=press).start()
+try:
+    tok.train_from_iterator(texts, 1 << 20, pattern="")
+except KeyboardInterrupt:
+    print("heard", tok.vocab_size)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "heard 256\n" and done.returncode == 0, (
+        done.stderr
+    )  # 256: it did not run to its end
