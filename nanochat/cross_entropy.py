@@ -8,30 +8,27 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 SOFTCAP = 15.0
 CHUNK_LOGITS = 1 << 24  # logits held at once on a GPU: 64 MB in fp32
 CPU_CHUNK_LOGITS = 1 << 20  # on a CPU: 4 MB stay in the cache
 
 
-def weighted_nll(
-    hidden: torch.Tensor, head_VD: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, vocab: int
-) -> torch.Tensor:
+def weighted_nll(hidden: Tensor, head_VD: Tensor, targets: Tensor, weights: Tensor, vocab: int) -> Tensor:
     """sum(weights * nll) over the targets that are not -1 (fp32 scalar); the gradient is made with the value.
 
     hidden (..., D); targets, weights (...).
     """
     hidden_ND = hidden.reshape(-1, hidden.shape[-1])
     targets_N, weights_N = targets.reshape(-1), weights.reshape(-1)
-    if hidden.device.type == "cpu" and bool(
-        (targets_N < 0).any()
-    ):  # free here; a GPU would have to synchronise
+    if hidden.device.type == "cpu" and bool((targets_N < 0).any()):  # a GPU would have to synchronise
         keep = (targets_N >= 0).nonzero().squeeze(1)
         hidden_ND, targets_N, weights_N = hidden_ND[keep], targets_N[keep], weights_N[keep]
-    return WeightedNLL.apply(hidden_ND, head_VD, targets_N, weights_N, vocab)  # type: ignore[no-any-return]
+    return WeightedNLL.apply(hidden_ND, head_VD, targets_N, weights_N, vocab)
 
 
-def softcap(logits: torch.Tensor) -> torch.Tensor:
+def softcap(logits: Tensor) -> Tensor:
     """15 tanh(z / 15): logits stay within +-15 (Gemma 2, arXiv 2408.00118)."""
     return SOFTCAP * torch.tanh(logits / SOFTCAP)
 
@@ -40,19 +37,19 @@ class WeightedNLL(torch.autograd.Function):
     """sum_n w_n * nll_n of softcapped logits, and its gradient, made together in chunks of tokens.
 
     With t = tanh(h W^T / 15), Z = sum(exp(15 t)): nll = log Z - 15 t_y and
-    d nll / d logit = (exp(15 t) / Z - onehot(y)) * (1 - t^2). Capped scores need no maximum subtracted: Z < V e^15.
-    fp32 arithmetic between the matrix products, which run in the dtype of h; the head's gradient is summed in fp32.
+    d nll / d logit = (exp(15 t) / Z - onehot(y)) * (1 - t^2). Capped scores need no maximum subtracted:
+    Z < V e^15. fp32 between the matrix products, which run in the dtype of h; the head's gradient in fp32.
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
-        hidden_ND: torch.Tensor,
-        head_VD: torch.Tensor,
-        targets_N: torch.Tensor,
-        weights_N: torch.Tensor,
+        hidden_ND: Tensor,
+        head_VD: Tensor,
+        targets_N: Tensor,
+        weights_N: Tensor,
         vocab: int,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         w_VD = head_VD[:vocab].to(hidden_ND.dtype)
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         wants = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
@@ -80,11 +77,6 @@ class WeightedNLL(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_h, grad_w = ctx.saved_tensors
         return grad_h * grad.to(grad_h.dtype), grad_w * grad, None, None, None
-
-
-def softcap(logits: torch.Tensor) -> torch.Tensor:
-    """15 tanh(z / 15): logits stay within +-15 (Gemma 2, arXiv 2408.00118)."""
-    return SOFTCAP * torch.tanh(logits / SOFTCAP)

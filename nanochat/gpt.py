@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from nanochat.cross_entropy import CHUNK_LOGITS, softcap, weighted_nll
 from nanochat.flash_attention import flash_attn
@@ -25,7 +25,7 @@ SMEAR_CHANNELS = 24
 VE_GATE_CHANNELS = 12
 VOCAB_MULTIPLE = 64
 
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+Attend = Callable[[int, Tensor, Tensor, Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class GPTConfig:
             raise ValueError(f"every size of a model must be at least 1, found {asdict(self)}")
         if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2 or self.n_embd < SMEAR_CHANNELS:
             raise ValueError(
-                f"n_embd must be an even multiple of n_head and at least {SMEAR_CHANNELS}, found {self.n_embd} and {self.n_head}"
+                f"n_embd must be an even multiple of n_head and at least {SMEAR_CHANNELS}, "
+                f"found {self.n_embd} and {self.n_head}"
             )
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head must divide n_head, found {self.n_kv_head} and {self.n_head}")
@@ -59,7 +60,7 @@ class GPTConfig:
 
     @property
     def windows(self) -> list[int]:
-        """How many keys to its left a query sees, by layer: T for L, 128 * ceil(T / 512) for S; the last layer is L."""
+        """Keys to the left of a query, by layer: T for L, 128 * ceil(T / 512) for S; the last layer is L."""
         return windows(self.n_layer, self.sequence_len, self.window_pattern)
 
     def has_value_embedding(self, layer: int) -> bool:
@@ -73,7 +74,7 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
     def reset_parameters(self) -> None:
@@ -92,18 +93,12 @@ class Attention(nn.Module):
         self.c_k = Linear(config.n_embd, kv_dim)
         self.c_v = Linear(config.n_embd, kv_dim)
         self.c_proj = Linear(config.n_embd, config.n_embd)
-        self.ve_gate = (
-            Linear(VE_GATE_CHANNELS, self.num_kv_heads) if config.has_value_embedding(layer) else None
-        )
+        is_gated = config.has_value_embedding(layer)
+        self.ve_gate = Linear(VE_GATE_CHANNELS, self.num_kv_heads) if is_gated else None
 
     def forward(
-        self,
-        x_BTD: torch.Tensor,
-        ve_BTC: torch.Tensor | None,
-        rope: tuple[torch.Tensor, torch.Tensor],
-        attend: Attend,
-        window: int,
-    ) -> torch.Tensor:
+        self, x_BTD: Tensor, ve_BTC: Tensor | None, rope: tuple[Tensor, Tensor], attend: Attend, window: int
+    ) -> Tensor:
         B, T, D = x_BTD.shape
         q_BTHE = self.c_q(x_BTD).view(B, T, self.num_heads, self.head_dim)
         k_BTKE = self.c_k(x_BTD).view(B, T, self.num_kv_heads, self.head_dim)
@@ -125,7 +120,7 @@ class MLP(nn.Module):
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(relu_squared(self.c_fc(x)))
 
 
@@ -164,11 +159,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int | None = None) -> None:
-        """Fill every parameter by the table of training.md section 1; with a seed, the same on every device."""
+        """Fill every parameter; with a seed, with the same values on every device."""
         device = self.get_device()
         rng = None if seed is None else torch.Generator().manual_seed(seed)
 
-        def fill(weight: torch.Tensor, kind: str, size: float) -> None:
+        def fill(weight: Tensor, kind: str, size: float) -> None:
             values = torch.empty(weight.shape)
             if kind == "normal":
                 values.normal_(0.0, size, generator=rng)
@@ -187,8 +182,8 @@ class GPT(nn.Module):
             block.mlp.c_proj.weight.zero_()
             if block.attn.ve_gate is not None:
                 fill(block.attn.ve_gate.weight, "positive", 0.02)
-        for embedding in self.value_embeds.values():
-            fill(embedding.weight, "uniform", s)
+        for table in self.value_embeds.parameters():
+            fill(table, "uniform", s)
         depth = torch.arange(L, device=device) / max(L - 1, 1)
         self.resid_lambdas.copy_(1.15 - 0.10 * depth)
         self.x0_lambdas.copy_(0.20 - 0.15 * depth)
@@ -198,11 +193,11 @@ class GPT(nn.Module):
 
     @property
     def wte(self) -> nn.Embedding:
-        return self.transformer["wte"]  # type: ignore[return-value]
+        return cast(nn.Embedding, self.transformer["wte"])
 
     @property
-    def blocks(self) -> nn.ModuleList:
-        return self.transformer["h"]  # type: ignore[return-value]
+    def blocks(self) -> list[Block]:
+        return cast("list[Block]", list(cast(nn.ModuleList, self.transformer["h"])))
 
     def get_device(self) -> torch.device:
         return self.wte.weight.device
@@ -211,12 +206,12 @@ class GPT(nn.Module):
 
     def trunk(
         self,
-        ids_BT: torch.Tensor,
-        prev_ids_BT: torch.Tensor | None,
-        positions_BT: torch.Tensor,
+        ids_BT: Tensor,
+        prev_ids_BT: Tensor | None,
+        positions_BT: Tensor,
         attend: Attend,
-        is_first_BT: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        is_first_BT: Tensor | None = None,
+    ) -> Tensor:
         """Embeddings and all layers -> the last hidden state (B, T, D), in the compute dtype.
 
         prev_ids_BT: the token before each one, -1 for none. None means that the row itself holds them (the
@@ -240,19 +235,21 @@ class GPT(nn.Module):
         rope = rope_tables(positions_BT, cfg.n_embd // cfg.n_head, dtype)
         for i, (block, window) in enumerate(zip(self.blocks, cfg.windows, strict=True)):
             x_BTD = mix(x_BTD, x0_BTD, self.resid_lambdas[i], self.x0_lambdas[i])
-            ve = self.value_embeds[str(i)] if cfg.has_value_embedding(i) else None
-            ve_BTC = None if ve is None else F.embedding(ids_BT, ve.weight).to(dtype)
+            ve_BTC = None
+            if cfg.has_value_embedding(i):
+                table = cast(nn.Embedding, self.value_embeds[str(i)])
+                ve_BTC = F.embedding(ids_BT, table.weight).to(dtype)
             x_BTD = x_BTD + block.attn(norm(x_BTD), ve_BTC, rope, attend, window)
             x_BTD = x_BTD + block.mlp(norm(x_BTD))
             if i == cfg.n_layer // 2:
                 x_mid_BTD = x_BTD
         return norm(x_BTD - self.backout_lambda.to(dtype) * x_mid_BTD)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """Softcapped fp32 logits (..., V) of hidden states (..., D)."""
         return softcap(self.lm_head(hidden)[..., : self.config.vocab_size].float())
 
-    def token_nll(self, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    def token_nll(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
         """Negative log-likelihood in nats of each target (fp32, 0 where the target is -1), chunk by chunk."""
         rows = max(1, CHUNK_LOGITS // self.config.vocab_size)
         return torch.cat(
@@ -262,12 +259,10 @@ class GPT(nn.Module):
             ]
         )
 
-    def weighted_nll(
-        self, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        """sum(weights * nll) over the targets that are not -1 (fp32 scalar); the gradient comes with the value.
+    def weighted_nll(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """sum(weights * nll) over the targets that are not -1 (fp32 scalar), its gradient made with it.
 
-        hidden (..., D); targets, weights (...): the whole logits never exist at once, only CHUNK_LOGITS of them.
+        hidden (..., D); targets, weights (...): the logits never exist as a whole.
         """
         return weighted_nll(hidden, self.lm_head.weight, targets, weights, self.config.vocab_size)
 
@@ -275,22 +270,19 @@ class GPT(nn.Module):
 
     def forward(
         self,
-        idx: torch.Tensor,
-        targets: torch.Tensor | None = None,
+        idx: Tensor,
+        targets: Tensor | None = None,
         kv_cache: Any = None,
         loss_reduction: str = "mean",
-        doc_start: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Logits (B, T, V) fp32, or with targets (B, T; -1 ignored) the loss: "mean", "sum", or "none" (B*T,).
+        doc_start: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V) fp32, or with targets (B, T; -1 ignored) the loss: "mean", "sum" or "none" (B*T,).
 
         doc_start (B, T) int32: where the document of each token starts; attention and smear stay inside it.
         kv_cache: continue after the cached tokens (nanochat.engine.KVCache); the cache is advanced by T.
         Raises ValueError for a row longer than sequence_len or an unknown reduction.
         """
-        if kv_cache is not None:
-            hidden = self._cached_trunk(idx, kv_cache)
-        else:
-            hidden = self.hidden(idx, doc_start)
+        hidden = self.hidden(idx, doc_start) if kv_cache is None else self._cached_trunk(idx, kv_cache)
         if targets is None:
             return self.logits(hidden)
         if loss_reduction == "none":
@@ -300,34 +292,30 @@ class GPT(nn.Module):
         count = (targets >= 0).sum() if loss_reduction == "mean" else torch.ones((), device=idx.device)
         return self.weighted_nll(hidden, targets, (1.0 / count).expand(targets.shape))
 
-    def hidden(self, ids_BT: torch.Tensor, doc_start_BT: torch.Tensor | None = None) -> torch.Tensor:
+    def hidden(self, ids_BT: Tensor, doc_start_BT: Tensor | None = None) -> Tensor:
         """The trunk over whole rows (training, scoring): hidden states (B, T, D)."""
         T = ids_BT.shape[1]
-        if T > self.config.sequence_len:
+        if self.config.sequence_len < T:
             raise ValueError(
                 f"a row may hold {self.config.sequence_len} tokens, found {T}; cut it or raise sequence_len"
             )
         positions_T = torch.arange(T, device=ids_BT.device)
 
-        def attend(
-            layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int
-        ) -> torch.Tensor:
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
             left = -1 if window >= T else window
             return flash_attn.flash_attn_func(
                 q, k, v, causal=True, window_size=(left, 0), doc_start=doc_start_BT
             )
 
-        is_first = None if doc_start_BT is None else doc_start_BT == positions_T
+        is_first = None if doc_start_BT is None else positions_T == doc_start_BT
         return self.trunk(ids_BT, None, positions_T, attend, is_first)
 
-    def _cached_trunk(self, ids_BT: torch.Tensor, cache: Any) -> torch.Tensor:
+    def _cached_trunk(self, ids_BT: Tensor, cache: Any) -> Tensor:
         T, seqlens_B = ids_BT.shape[1], cache.cache_seqlens
         prev_BT = torch.cat((cache.prev_ids.unsqueeze(1), ids_BT[:, :-1]), dim=1)
         positions_BT = seqlens_B.unsqueeze(1) + torch.arange(T, device=ids_BT.device)
 
-        def attend(
-            layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int
-        ) -> torch.Tensor:
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
             left = -1 if window >= self.config.sequence_len else window
             keys, values = cache.get_layer_cache(layer)
             return flash_attn.flash_attn_with_kvcache(
@@ -342,22 +330,21 @@ class GPT(nn.Module):
     # ------------------------------------------------------------------ counts
 
     def num_scaling_params(self) -> dict[str, int]:
-        """Parameter counts by group; "scaling" = transformer_matrices + lm_head, the count that data is scaled by."""
+        """Counts by group; "scaling" = transformer_matrices + lm_head, the count that data is scaled by."""
         counts = {
             "wte": self.wte.weight.numel(),
             "value_embeds": sum(p.numel() for p in self.value_embeds.parameters()),
             "lm_head": self.lm_head.weight.numel(),
-            "transformer_matrices": sum(p.numel() for p in self.blocks.parameters()),
+            "transformer_matrices": sum(p.numel() for p in self.transformer["h"].parameters()),
         }
+        large = sum(counts.values())
         counts["total"] = sum(p.numel() for p in self.parameters())
-        counts["scalars"] = counts["total"] - sum(
-            counts[k] for k in ("wte", "value_embeds", "lm_head", "transformer_matrices")
-        )
+        counts["scalars"] = counts["total"] - large
         counts["scaling"] = counts["transformer_matrices"] + counts["lm_head"]
         return counts
 
     def estimate_flops(self, causal: bool = False) -> float:
-        """FLOPs per token, forward and backward: 6 P_mm + 12 D sum(min(w, T)); `causal` counts only visible keys."""
+        """A token, forward and backward: 6 P_mm + 12 D sum(min(w, T)); `causal` counts visible keys only."""
         matrices = self.num_scaling_params()["scaling"] + SMEAR_CHANNELS
         return flops_per_token(
             matrices, self.config.n_embd, self.config.windows, self.config.sequence_len, causal
@@ -366,7 +353,7 @@ class GPT(nn.Module):
     def setup_optimizer(
         self, *, batch_tokens: int = 2**19, weight_decay: float = 0.28, lr_scale: float = 1.0, **rates: float
     ) -> Any:
-        """MuonAdamW over all parameters by the rules of nanochat.optim.groups; `lr_scale` multiplies every rate."""
+        """MuonAdamW by the rules of nanochat.optim.groups; `lr_scale` multiplies every rate."""
         from nanochat.optim import MuonAdamW
         from nanochat.optim.groups import param_groups
 
@@ -393,7 +380,7 @@ class GPT(nn.Module):
         top_k: int | None = None,
         seed: int = 42,
     ) -> Iterator[int]:
-        """Yield tokens one by one, recomputing the whole row each time: the obvious version the engine is tested against."""
+        """Yield tokens one by one, the whole row computed anew each time: the oracle of the engine."""
         ids, rng = list(tokens), torch.Generator().manual_seed(seed)
         for _ in range(max_tokens):
             row = torch.tensor([ids[-self.config.sequence_len :]], device=self.get_device())
