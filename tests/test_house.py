@@ -295,30 +295,3 @@ def test_stages_take_the_flags_of_speedrun(name: str) -> None:
     fields = {field.name: field for field in dataclasses.fields(script.Settings)}
     assert {"home", "tag", "seed"} <= fields.keys() and script.Settings.__dataclass_params__.frozen
     assert all(field.metadata.get("help") for field in fields.values())
-
-
-def test_speedrun_names_all_stages() -> None:
-    assert len(STAGES) >= 8 and {"tok_train", "base_train", "mid_train", "chat_sft", "report"} <= set(STAGES)
-
-
-def shell(*words: str, home: Path) -> subprocess.CompletedProcess[str]:
-    command = ["bash", str(ROOT / "speedrun.sh"), "--no-install", *words, "--home", str(home)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=home.parent, timeout=60)
-
-
-def test_speedrun_dry_run(tmp_path: Path) -> None:
-    done = shell("--dry-run", "--preset=cpu-demo", "--seed", "7", home=tmp_path / "runs here")
-    assert done.returncode == 0, done.stderr
-    commands = [line for line in done.stdout.splitlines() if " -m scripts." in line]
-    assert [re.search(r"scripts\.(\w+)", line)[1] for line in commands[:-2]] == STAGES  # type: ignore[index]
-    assert all("--preset=cpu-demo" in line and "--seed=7" in line for line in commands[:-2])
-    assert "chat_cli" in commands[-2] and not (tmp_path / "runs here").exists()
-
-
-@pytest.mark.parametrize("words", [["--preset", "nope"], ["--preset"], ["--prest=smoke"], ["surprise"]])
-def test_speedrun_refuses_in_two_lines(tmp_path: Path, words: list[str]) -> None:
-    command = ["bash", str(ROOT / "speedrun.sh"), "--no-install", *words]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == ""
-    problem, hint = done.stderr.splitlines()
-    assert problem.startswith("error: ") and hint.startswith("  hint: ")
