@@ -14,11 +14,14 @@ import sys
 import types
 import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nanochat.errors import UserError
 
-S = TypeVar("S")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+S = TypeVar("S", bound="DataclassInstance")
 
 
 def setting(default: Any, help: str) -> Any:
@@ -27,7 +30,7 @@ def setting(default: Any, help: str) -> Any:
 
 
 def parse(cls: type[S], presets: dict[str, S], argv: list[str] | None, doc: str | None) -> S:
-    """Settings from `argv` (default sys.argv[1:]): --settings FILE or --preset NAME first, then the other flags.
+    """Settings from `argv` (default sys.argv[1:]): --settings FILE or --preset NAME, then the other flags.
 
     Prints the help and exits with --help. Raises UserError for an unknown flag or preset or a bad value.
     """
@@ -36,7 +39,7 @@ def parse(cls: type[S], presets: dict[str, S], argv: list[str] | None, doc: str 
         print(help_text(cls, presets, doc))
         raise SystemExit(0)
     kinds = typing.get_type_hints(cls)
-    names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    names = {field.name for field in dataclasses.fields(cls)}
     base, changes = cls(), {}
     while words:
         word = words.pop(0)
@@ -56,7 +59,7 @@ def parse(cls: type[S], presets: dict[str, S], argv: list[str] | None, doc: str 
             value = words.pop(0) if following in ("true", "false") else "true"
         elif not has_value:
             if not words:
-                raise UserError(f"--{flag} needs a value", "write --%s=VALUE" % flag)
+                raise UserError(f"--{flag} needs a value", f"write --{flag}=VALUE")
             value = words.pop(0)
         if name == "preset":
             if value not in presets:
@@ -66,7 +69,7 @@ def parse(cls: type[S], presets: dict[str, S], argv: list[str] | None, doc: str 
             base = from_dict(cls, _load(Path(value)))
         else:
             changes[name] = _convert(kinds[name], value, flag)
-    return dataclasses.replace(base, **changes)  # type: ignore[type-var]
+    return dataclasses.replace(base, **changes)
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -110,7 +113,7 @@ def to_dict(settings: Any) -> dict[str, Any]:
 
 def from_dict(cls: type[S], values: dict[str, Any]) -> S:
     """Settings from `to_dict`'s output; fields it lacks keep their defaults, unknown ones are an error."""
-    names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    names = {field.name for field in dataclasses.fields(cls)}
     unknown = sorted(set(values) - names)
     if unknown:
         raise UserError(

@@ -10,7 +10,7 @@ INTERRUPTED_CODE = 75  # work saved, run the same command again (EX_TEMPFAIL)
 
 
 class UserError(Exception):
-    """Something the person at the keyboard can put right: `problem` says what was found, `hint` what to do."""
+    """Something the person at the keyboard can put right: `problem` is what was found, `hint` what to do."""
 
     def __init__(self, problem: str, hint: str) -> None:
         super().__init__(problem, hint)
@@ -25,7 +25,7 @@ class Interrupted(Exception):
 
 
 def run(main: Callable[[list[str] | None], object], argv: list[str] | None = None) -> int:
-    """Call `main(argv)`; return 0, 2 for a UserError (two lines on stderr), 75 if interrupted and saved, 130."""
+    """Call `main(argv)`; its exit code: 0, 2 (a UserError: two lines on stderr), 75 (stopped, saved), 130."""
     try:
         main(argv)
     except UserError as error:

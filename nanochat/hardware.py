@@ -28,7 +28,7 @@ GPUS: list[tuple[str, dict[torch.dtype, float], float]] = [
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Dense matrix FLOP/s of one device in `dtype`: the data sheet's on a GPU, measured on a CPU, None if unknown."""
+    """Dense FLOP/s of one device in `dtype`: a GPU's by its data sheet, a CPU's measured, None if unknown."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for key, rates, _ in GPUS:
@@ -70,7 +70,7 @@ def cpu_name() -> str:
 
 
 def cpu_features() -> list[str]:
-    """The processor's matrix features that matter here, of amx, avx512_bf16, avx512, avx2 (Linux; else empty)."""
+    """Which of amx, avx512_bf16, avx512 and avx2 the processor has (Linux; else empty)."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             flags = next((line for line in file if line.startswith("flags")), "").split()

@@ -14,7 +14,7 @@ from nanochat.errors import UserError
 
 @dataclass(frozen=True)
 class Home:
-    """The directory where tokenizers, data and runs live: --home, else NANOCHAT_HOME, else the user's cache."""
+    """Where tokenizers, data and runs live: --home, else NANOCHAT_HOME, else the user's cache directory."""
 
     root: Path
 
@@ -72,7 +72,7 @@ class Home:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step: temporary name, fsync, rename. Raises UserError when the disk refuses."""
+    """Replace `path` by `text` at once: temporary name, fsync, rename. UserError when the disk refuses."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

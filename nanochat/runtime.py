@@ -38,7 +38,7 @@ class Runtime:
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
-        """`value` of every rank in rank order, on every rank. Values must be plain (they travel between trusted ranks)."""
+        """`value` of every rank in rank order, on every rank (which trust each other: values are pickled)."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -64,9 +64,10 @@ class Runtime:
 def start(
     device: str | None = None, dtype: str | None = None, *, timeout_seconds: float = TIMEOUT_SECONDS
 ) -> Runtime:
-    """The runtime of this process; joins the process group if torchrun started us (nccl on CUDA, gloo on CPU).
+    """The runtime of this process; joins torchrun's process group (nccl on CUDA, gloo on CPU).
 
-    device: None chooses cuda, else cpu (mps when named). dtype: None chooses bf16 where it is native and fast, else fp32.
+    device: None chooses cuda, else cpu (mps when named). dtype: None chooses bf16 where it is native and
+    fast, else fp32.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))

@@ -1,6 +1,6 @@
 """The depth dial: one number, depth, decides shape, batch, horizon and rates. Pure arithmetic, no torch.
 
-Every rule is of training.md section 3, fitted at d12: batch ~ horizon^0.383, decay ~ sqrt(batch) / horizon.
+The rules, fitted at d12: batch ~ horizon^0.383, decay ~ sqrt(batch) / horizon, rates ~ sqrt(batch).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def shape(depth: int, aspect: int = 64, head_dim: int = 128) -> tuple[int, int]:
 
 
 def count_params(depth: int, width: int, kv_dim: int, kv_heads: int, vocab: int) -> dict[str, int]:
-    """Parameter counts by the formulas of training.md section 1, without building a model."""
+    """Parameter counts without building a model."""
     padded, embeds = -(-vocab // 64) * 64, (depth + 1) // 2
     matrices = depth * (10 * width**2 + 2 * width * kv_dim) + 12 * embeds * kv_heads
     counts = {"wte": padded * width, "lm_head": padded * width, "value_embeds": embeds * padded * kv_dim}
@@ -89,7 +89,7 @@ def windows(depth: int, sequence_len: int, pattern: str) -> list[int]:
 def flops_per_token(
     matrices: int, width: int, layer_windows: list[int], sequence_len: int, causal: bool = False
 ) -> float:
-    """Forward and backward: 6 FLOPs per matrix parameter, 12 D per visible key; `causal` counts keys exactly."""
+    """Forward and backward: 6 a matrix parameter, 12 D a visible key; `causal` counts keys exactly."""
     keys = 0.0
     for window in layer_windows:
         m = min(window + 1, sequence_len)
@@ -118,9 +118,9 @@ def plan(
     device_batch: int = 32,
     world_size: int = 1,
 ) -> Plan:
-    """The plan of a base run. The horizon is num_steps * batch if given, else target_flops / F, else ratio * N.
+    """The plan of a base run. Horizon: num_steps * batch if given, else target_flops / F, else ratio * N.
 
-    Raises ValueError for sizes that cannot be, and for an explicit batch that ranks * device_batch * T does not divide.
+    Raises ValueError for sizes that cannot be, and for a batch that ranks * device_batch * T does not divide.
     """
     if depth < 1 or aspect < 1 or head_dim < 2 or head_dim % 2:
         raise ValueError(
@@ -128,7 +128,8 @@ def plan(
         )
     if device_batch < 1 or sequence_len < 1 or world_size < 1:
         raise ValueError(
-            f"device_batch, sequence_len and world_size must be at least 1, found {device_batch}, {sequence_len}, {world_size}"
+            "device_batch, sequence_len and world_size must be at least 1, "
+            f"found {device_batch}, {sequence_len}, {world_size}"
         )
     width, heads = shape(depth, aspect, head_dim)
     kv_heads = num_kv_heads or heads
@@ -145,8 +146,8 @@ def plan(
         if batch_tokens % step_rows_tokens:
             below = max(batch_tokens // step_rows_tokens, 1) * step_rows_tokens
             raise ValueError(
-                f"the batch must be a multiple of ranks * device batch * T = {step_rows_tokens} tokens, found {batch_tokens}; "
-                f"{below} and {below + step_rows_tokens} work"
+                f"the batch must be a multiple of ranks * device batch * T = {step_rows_tokens} tokens, "
+                f"found {batch_tokens}; {below} and {below + step_rows_tokens} work"
             )
         batch = batch_tokens
     else:
@@ -183,19 +184,19 @@ def plan(
 
 # The base runs of the presets: arguments of plan(). scripts.base_train and scripts.plan read them here.
 RUNS: dict[str, dict[str, Any]] = {
-    "smoke": {"depth": 2, "aspect": 32, "head_dim": 32, "sequence_len": 128, "window_pattern": "L", "num_steps": 10,
-              "batch_tokens": 1024, "device_batch": 4, "vocab_size": 512},
-    "cpu-demo": {"depth": 4, "aspect": 32, "head_dim": 64, "sequence_len": 256, "window_pattern": "L", "num_steps": 600,
-                 "batch_tokens": 8192, "device_batch": 32, "vocab_size": 2048},
+    "smoke": {"depth": 2, "aspect": 32, "head_dim": 32, "sequence_len": 128, "window_pattern": "L",
+              "num_steps": 10, "batch_tokens": 1024, "device_batch": 4, "vocab_size": 512},
+    "cpu-demo": {"depth": 4, "aspect": 32, "head_dim": 64, "sequence_len": 256, "window_pattern": "L",
+                 "num_steps": 700, "batch_tokens": 4096, "device_batch": 16, "vocab_size": 2048},
     "single-gpu": {"depth": 12},
     "speedrun": {"depth": 24, "ratio": 8.0, "device_batch": 8},
 }  # fmt: skip
 
 
 def memory_bytes(p: Plan, bytes_per_value: int = 2) -> dict[str, float]:
-    """Memory of one device in training: fp32 weights and gradients, moments shared by the ranks, activations.
+    """Bytes of one device in training: fp32 weights and gradients, moments shared by ranks, activations.
 
-    Activations by layer and token: about 34 values of the width's size (eager); attention scores are never kept.
+    Activations by layer and token: about 34 values of the width (eager); attention scores are not kept.
     """
     tokens = p.device_batch * p.sequence_len
     weights = 4.0 * p.params_total

@@ -16,14 +16,14 @@ MAX_SKIPS = 20  # in a row
 
 @dataclass
 class Gate:
-    """Judges a step by its loss and gradient norm against the last 128 accepted ones (mean + 6 sigma, once full)."""
+    """Judges loss and gradient norm against the last 128 accepted ones (mean + 6 sigma, once full)."""
 
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     norms: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     skips_in_a_row: int = 0
 
     def judge(self, loss: float, norm: float) -> str | None:
-        """None to let the update through, else the reason to skip it. Raises UserError after 20 skips in a row."""
+        """None to let the update through, else the reason to skip it. UserError after 20 skips in a row."""
         reason = None
         for name, value, window in (("loss", loss, self.losses), ("gradient norm", norm, self.norms)):
             if not math.isfinite(value):

@@ -13,7 +13,7 @@ from nanochat.train.loop import Hook, TrainState
 
 
 def evaluation(key: str, compute: Callable[[], float], rt: Runtime) -> Hook:
-    """Compute a value (lower is better) and record it under `key`; the best one is remembered in state.best."""
+    """Compute a value (lower is better) and record it under `key`; state.best remembers the best one."""
 
     def hook(state: TrainState) -> None:
         start = time.perf_counter()

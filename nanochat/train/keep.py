@@ -1,4 +1,4 @@
-"""What survives a stop: model, optimizer, RNG, data cursor and loop state, to and from a verified checkpoint."""
+"""What survives a stop: model, optimizer, RNG, data cursor, loop state, to and from a verified checkpoint."""
 
 from __future__ import annotations
 

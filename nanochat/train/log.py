@@ -18,7 +18,7 @@ SMOOTHING = 0.95
 
 
 class Metrics:
-    """An append-only metrics.jsonl; on resume the lines after the resumed step are cut, so each step stands once."""
+    """An append-only metrics.jsonl; a resume cuts the lines after its step, so that each step stands once."""
 
     def __init__(self, path: Path | None, step: int) -> None:
         self.path = path
@@ -180,4 +180,5 @@ def open_wandb(mode: str, run_dir: Path, name: str, settings: dict[str, Any], is
         raise UserError(
             "--wandb was asked for and the package wandb is not installed", "pip install wandb"
         ) from error
-    return wandb.init(project="nanochat", name=name, dir=str(run_dir), config=settings, mode=mode)  # type: ignore[arg-type]
+    where: dict[str, Any] = {"project": "nanochat", "dir": str(run_dir), "mode": mode}
+    return wandb.init(name=name, config=settings, **where)

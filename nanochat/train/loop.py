@@ -1,8 +1,9 @@
 """The one training loop. Every stage minimises sum(weight * nll) / num_targets over an iterator of batches.
 
-A step: `accum` micro-batches forward and backward, gradients reduced over ranks, the gate (finite? no spike?),
-update, hooks. num_targets counts the supervised tokens of all micro-batches and ranks, so that any split of
-the same rows gives the same gradient. Left out: what a batch is made of (nanochat.data), what a hook does.
+A step: `accum` micro-batches forward and backward, gradients reduced over ranks, the gate (finite? no
+spike?), update, hooks. num_targets counts the supervised tokens of all micro-batches and ranks, so that any
+split of the same rows gives the same gradient. Left out: what a batch is made of (nanochat.data), what a hook
+does.
 """
 
 from __future__ import annotations
@@ -136,8 +137,9 @@ def fit(
 ) -> TrainState:
     """Train from state.step to num_steps. Hooks run in order after every step.
 
-    Raises UserError for a step without targets (unless allow_empty: skipped on all ranks, ten in a row an error)
-    and for a run that diverges; Interrupted after SIGTERM or SIGINT, once the hooks have seen state.stopping.
+    Raises UserError for a step without targets (unless allow_empty: skipped on all ranks, ten in a row an
+    error) and for a run that diverges; Interrupted after SIGTERM or SIGINT, once the hooks have seen
+    state.stopping.
     """
     state.num_steps = num_steps
     if rt.dtype == torch.float16 and state.loss_scale is None:
@@ -156,9 +158,8 @@ def fit(
                 for hook in hooks:
                     hook(state)
                 if state.stopping and state.step < num_steps:
-                    raise Interrupted(
-                        f"{signals.received or 'a signal on another rank'} at step {state.step}; run the same command to continue"
-                    )
+                    who = signals.received or "a signal on another rank"
+                    raise Interrupted(f"{who} at step {state.step}; run the same command to continue")
                 if state.step % 1000 == 0:
                     gc.collect()
     finally:

@@ -34,7 +34,7 @@ def run_stage(
 ) -> TrainState:
     """Train one stage to its end, continuing where it stopped, and write its facts.
 
-    Order after every step: log, save, evaluate, sample. An evaluation that a stop has swallowed is made up for.
+    Order after every step: log, save, evaluate, sample. An evaluation that a stop swallowed is made up for.
     """
     rt, state = stage.rt, TrainState()
     resumed_from = resume(stage, cfg.resume, model, optimizer, state)
@@ -72,8 +72,9 @@ def run_stage(
     rows = batches(state.cursor)
     try:
         fit(
-            model, optimizer, rows, num_steps=num_steps, accum=accum, schedule=schedule, rt=rt, state=state, allow_empty=allow_empty,
+            model, optimizer, rows, num_steps=num_steps, accum=accum, schedule=schedule, rt=rt, state=state,
             hooks=[log, saver, every(cfg.eval_every, evaluate), every(cfg.sample_every, sample)],
+            allow_empty=allow_empty,
         )  # fmt: skip
     except Interrupted:
         if rt.is_main:
@@ -87,18 +88,15 @@ def run_stage(
             wandb.finish()
         if hasattr(rows, "close"):
             rows.close()
+    per_second = round(state.tokens / max(state.seconds, 1e-9), 1)
     facts = {
         "steps": state.step,
         "tokens": state.tokens,
         "train_seconds": round(state.seconds, 2),
         "skipped": state.skipped,
-    }
-    facts |= {
-        "tokens_per_second": round(state.tokens / max(state.seconds, 1e-9), 1),
+        "tokens_per_second": per_second,
         "peak_memory_bytes": peak_memory_bytes(),
-    }
-    facts |= {
-        "peak_frac": None if peak_all is None else facts["tokens_per_second"] * flops_per_token / peak_all
+        "peak_frac": None if peak_all is None else per_second * flops_per_token / peak_all,
     }
     stage.finish(**facts, **state.metrics.last_values(), **result)
     rt.say(f"{stage.name}: finished {state.step} steps, {state.tokens:,} tokens in {state.seconds:.0f} s")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from nanochat import checkpoint
@@ -33,7 +34,7 @@ class Rows(Protocol):
     def __getitem__(self, i: int, /) -> Any: ...
 
 
-class Subset:
+class Subset(Sequence[Any]):
     """The rows of `items` at `indices`."""
 
     def __init__(self, items: Rows, indices: list[int]) -> None:
@@ -42,12 +43,12 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, i: int) -> Any:
+    def __getitem__(self, i: Any) -> Any:
         return self.items[self.indices[i]]
 
 
 def split(items: Rows) -> tuple[Subset, Subset]:
-    """(train, validation): VALIDATION_EVERY, at most 256 and at least one. Raises UserError for fewer than 2."""
+    """(train, validation): VALIDATION_EVERY, at most 256 and at least one. UserError for fewer than 2."""
     if len(items) < 2:
         raise UserError(
             f"training needs at least 2 conversations (one is held out), found {len(items)}", "add more"
@@ -71,7 +72,7 @@ class Recipe:
 
 
 def tune(recipe: Recipe, cfg: Any, rt: Runtime, task: Rows, prompts: tuple[str, ...] = ()) -> None:
-    """Train `recipe.stage` on `task` from the newest parent, with the base run's shape and batch-size factor."""
+    """Train `recipe.stage` on `task` from the newest parent, with the base run's shape and batch factor."""
     home = Home.find(cfg.home)
     tok = RustBPETokenizer.from_directory(home.tokenizer_dir)
     parent = find_parent(home, cfg.tag, recipe.parents)
@@ -93,7 +94,8 @@ def tune(recipe: Recipe, cfg: Any, rt: Runtime, task: Rows, prompts: tuple[str, 
         if rows_per_step * shape.sequence_len != batch or rows_per_step % one_pass:
             works = max(1, rows_per_step // one_pass) * one_pass * shape.sequence_len
             raise UserError(
-                f"the batch must be a multiple of ranks * device batch * T = {one_pass * shape.sequence_len} tokens, found {batch}",
+                "the batch must be a multiple of ranks * device batch * T = "
+                f"{one_pass * shape.sequence_len} tokens, found {batch}",
                 f"--batch-tokens={works} works, or change --device-batch",
             )
         lr_scale = cfg.lr_scale * base["lr_scale"]
@@ -104,31 +106,35 @@ def tune(recipe: Recipe, cfg: Any, rt: Runtime, task: Rows, prompts: tuple[str, 
         if moments:  # an imported parent has none
             optimizer.load_state_arrays(moments)
         train_rows, val_rows = split(task)
-        common = {
-            "sequence_len": shape.sequence_len,
-            "device_batch": cfg.device_batch,
-            "rt": rt,
-            "seed": cfg.seed,
-            "loss_on": recipe.loss_on,
-        }
+        make = partial(
+            ConversationBatches,
+            tok=tok,
+            sequence_len=shape.sequence_len,
+            device_batch=cfg.device_batch,
+            rt=rt,
+            seed=cfg.seed,
+            loss_on=recipe.loss_on,
+        )
 
         def batches(cursor: dict[str, Any] | None) -> ConversationBatches:
-            return ConversationBatches(
-                train_rows, tok, epochs=cfg.epochs, rows_per_step=rows_per_step, cursor=cursor, **common
-            )  # type: ignore[arg-type]
+            return make(train_rows, epochs=cfg.epochs, rows_per_step=rows_per_step, cursor=cursor)
 
-        with batches(None) as first:
+        first = batches(None)
+        with first:
             num_steps, rows = first.num_steps, first.num_rows
-            rt.say(f"{recipe.stage}: {len(train_rows):,} conversations in {rows:,} rows, {num_steps} steps of {batch:,} tokens; "
-                   f"{first.num_cut} cut, {first.num_dropped} dropped")  # fmt: skip
-        with ConversationBatches(val_rows, tok, epochs=1, last="blank", **common) as held:  # type: ignore[arg-type]
+        rt.say(
+            f"{recipe.stage}: {len(train_rows):,} conversations in {rows:,} rows, {num_steps} steps of "
+            f"{batch:,} tokens; {first.num_cut} cut, {first.num_dropped} dropped"
+        )
+        with make(val_rows, epochs=1, last="blank") as held:
             fixed = list(held) if cfg.eval_every else []
         run_stage(
             stage, cfg, model, optimizer, batches, num_steps=num_steps, accum=rows_per_step // one_pass,
             schedule=lambda step: recipe.schedule(step, num_steps),
             evaluate=evaluation("val_loss", lambda: evaluate_loss(model, fixed, rt), rt),
             sample=samples(model, tok, prompts, rt), flops_per_token=model.estimate_flops(),
-            allow_empty=recipe.loss_on == "assistant", recipe={"batch_tokens": base["batch_tokens"], "lr_scale": base["lr_scale"]},
+            allow_empty=recipe.loss_on == "assistant",
+            recipe={"batch_tokens": base["batch_tokens"], "lr_scale": base["lr_scale"]},
             result={"conversations": len(train_rows), "rows": rows, "parent": inputs["parent"]},
         )  # fmt: skip
 
