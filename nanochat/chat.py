@@ -19,17 +19,8 @@ PYTHON_START, PYTHON_END = "<|python_start|>", "<|python_end|>"
 OUTPUT_START, OUTPUT_END = "<|output_start|>", "<|output_end|>"
 
 # In the order of their ids, which are the last ones of the vocabulary.
-SPECIAL_TOKENS = [
-    BOS,
-    USER_START,
-    USER_END,
-    ASSISTANT_START,
-    ASSISTANT_END,
-    PYTHON_START,
-    PYTHON_END,
-    OUTPUT_START,
-    OUTPUT_END,
-]
+SPECIAL_TOKENS = [BOS, USER_START, USER_END, ASSISTANT_START, ASSISTANT_END]
+SPECIAL_TOKENS += [PYTHON_START, PYTHON_END, OUTPUT_START, OUTPUT_END]
 
 # Part of an assistant message -> (its first token, its last token, the mask of all of it).
 _PARTS = {

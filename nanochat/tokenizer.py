@@ -30,6 +30,7 @@ FORMAT = 1
 END_OF_TEXT = "<|endoftext|>"  # begins documents in vocabularies that have no <|bos|>
 
 Ranks = list[tuple[bytes, int]]
+Special = str | int | None  # a special token by its name or id
 
 
 class RustBPETokenizer:
@@ -39,11 +40,8 @@ class RustBPETokenizer:
         taken = {rank for _, rank in ranks}
         if len(set(specials.values()) - taken) != len(specials):
             raise ValueError(f"special ids must differ from each other and from the ranks, found {specials}")
-        self._ranks, self._pattern, self._specials = (
-            sorted(ranks, key=lambda pair: pair[1]),
-            pattern,
-            dict(specials),
-        )
+        self._ranks = sorted(ranks, key=lambda pair: pair[1])
+        self._pattern, self._specials = pattern, dict(specials)
         self._special_names = {index: name for name, index in specials.items()}
         self._token_bytes = {rank: token for token, rank in ranks}
         self._vocab_size = max([*taken, *specials.values()]) + 1
@@ -168,33 +166,18 @@ class RustBPETokenizer:
 
     @overload
     def encode(
-        self,
-        text: str,
-        prepend: str | int | None = None,
-        append: str | int | None = None,
-        num_threads: int = 8,
+        self, text: str, prepend: Special = None, append: Special = None, num_threads: int = 8
     ) -> list[int]: ...
 
     @overload
     def encode(
-        self,
-        text: list[str],
-        prepend: str | int | None = None,
-        append: str | int | None = None,
-        num_threads: int = 8,
+        self, text: list[str], prepend: Special = None, append: Special = None, num_threads: int = 8
     ) -> list[list[int]]: ...
 
     def encode(
-        self,
-        text: str | list[str],
-        prepend: str | int | None = None,
-        append: str | int | None = None,
-        num_threads: int = 8,
+        self, text: str | list[str], prepend: Special = None, append: Special = None, num_threads: int = 8
     ) -> list[int] | list[list[int]]:
-        """The ids of a text, or of each text of a list (in parallel).
-
-        `prepend` and `append` are special tokens, by name or id. Lone surrogates are encoded as U+FFFD.
-        """
+        """The ids of a text, or of each text of a list (in parallel). Lone surrogates count as U+FFFD."""
         before, after = self._special(prepend), self._special(append)
         if isinstance(text, str):
             return before + self._core.encode(_well_formed(text)) + after
@@ -206,19 +189,15 @@ class RustBPETokenizer:
     __call__ = encode
 
     def encode_arrays(
-        self, texts: list[str], prepend: str | int | None = None, num_threads: int = 8
+        self, texts: list[str], prepend: Special = None, num_threads: int = 8
     ) -> list[np.ndarray]:
         """The ids of each text as an int32 array, for the data loader."""
-        before = self._special(prepend)
         flat, lengths = self._core.batch_encode_buffer([_well_formed(one) for one in texts], num_threads)
-        pieces = np.split(np.frombuffer(flat, dtype=np.int32), np.cumsum(lengths)[:-1]) if lengths else []
-        return (
-            [np.concatenate([np.array(before, dtype=np.int32), piece]) for piece in pieces]
-            if before
-            else pieces
-        )
+        pieces = np.split(np.frombuffer(flat, dtype=np.int32), np.cumsum(lengths))[: len(texts)]
+        before = np.array(self._special(prepend), dtype=np.int32)
+        return [np.concatenate([before, piece]) for piece in pieces] if before.size else pieces
 
-    def _special(self, token: str | int | None) -> list[int]:
+    def _special(self, token: Special) -> list[int]:
         if token is None:
             return []
         return [token if isinstance(token, int) else self.encode_special(token)]
@@ -276,9 +255,7 @@ def _rustbpe() -> Any:
     import rustbpe
 
     if not hasattr(rustbpe, "Tokenizer"):  # the source folder of the crate, seen from the repository root
-        raise UserError(
-            "the package rustbpe is not installed", "run pip install ./rustbpe, or pip install rustbpe"
-        )
+        raise UserError("rustbpe is not installed", "run pip install ./rustbpe, or pip install rustbpe")
     return rustbpe
 
 
@@ -295,7 +272,7 @@ class _TiktokenCore:
         import tiktoken
 
         self._encoding = tiktoken.Encoding(
-            "ranks", pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens={}
+            "", pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens={}
         )
 
     def encode(self, text: str) -> list[int]:

@@ -6,7 +6,7 @@ python -m scripts.tok_eval
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ OTHERS = ("gpt2", "cl100k_base")
 SAMPLES = {
     "English": "The ferry left at dawn. Nobody on deck spoke, because everyone was listening to the fog: it "
     "carried the bell of the lighthouse, twice a minute, and between two strokes you could hear the island.",
-    "code": "def median(numbers):\n    numbers = sorted(numbers)\n    half = len(numbers) // 2\n"
-    "    if len(numbers) % 2:\n        return numbers[half]\n    return sum(numbers[half - 1 : half + 1]) / 2\n",
+    "code": "def median(numbers):\n    ordered = sorted(numbers)\n    half = len(ordered) // 2\n"
+    "    if len(ordered) % 2:\n        return ordered[half]\n    return sum(ordered[half - 1 :][:2]) / 2\n",
     "maths": r"Let $a_0 = 1$ and $a_{n+1} = \frac{a_n}{2} + \frac{1}{a_n}$. Then $a_n^2 > 2$ for $n \geq 1$, "
     r"and $|a_n - \sqrt{2}| \leq 2^{-n}$; for example $a_3 = \frac{577}{408} \approx 1.414216$.",
     "Korean": "할머니는 매일 아침 마당의 감나무에 물을 주셨다. 가을이 되면 우리는 잘 익은 감을 땄다.",
@@ -52,7 +52,7 @@ PRESETS = {
     "smoke": Settings(max_chars=50_000, wait=1.0),
     "cpu-demo": Settings(),
     "single-gpu": _hub,
-    "speedrun": replace(_hub),
+    "speedrun": _hub,
 }
 
 
@@ -69,25 +69,20 @@ def main(argv: list[str] | None = None) -> None:
             print(table(stage.finished["bytes_per_token"], stage.finished["bytes"]))
             return
         texts = {name: [text] for name, text in SAMPLES.items()}
-        texts["validation"] = validation(source.documents("val") if cfg.max_chars else (), cfg.max_chars)
-        sizes = {
-            name: sum(len(text.encode("utf-8", "replace")) for text in some) for name, some in texts.items()
-        }
-        toks: dict[str, RustBPETokenizer | None] = {
-            "ours": tok,
-            **{name: load(name, cfg.wait) for name in OTHERS},
-        }
-        ratios: dict[str, dict[str, float | None]] = {
-            name: {what: ratio(one, texts[what]) for what in texts if sizes[what]} if one else {}
-            for name, one in toks.items()
-        }
+        if cfg.max_chars > 0:
+            texts["validation"] = first(source.documents("val"), cfg.max_chars)
+        sizes = {name: sum(len(text.encode("utf-8", "replace")) for text in texts[name]) for name in texts}
+        ratios: dict[str, dict[str, float]] = {}
+        for name in ("ours", *OTHERS):
+            one = tok if name == "ours" else load(name, cfg.wait)
+            counts = {what: sum(map(len, one.encode(texts[what]))) for what in texts} if one else {}
+            ratios[name] = {what: sizes[what] / counts[what] for what in counts}
         print(table(ratios, sizes))
-        vocab = {name: one and one.get_vocab_size() for name, one in toks.items()}
-        stage.finish(bytes_per_token=ratios, bytes=sizes, vocab_size=vocab)
+        stage.finish(bytes_per_token=ratios, bytes=sizes, vocab_size=tok.get_vocab_size())
 
 
-def validation(documents: Iterable[tuple[str, Any]], max_chars: int) -> list[str]:
-    """Validation documents of about `max_chars` characters in all."""
+def first(documents: Iterable[tuple[str, Any]], max_chars: int) -> list[str]:
+    """The first `max_chars` characters of documents."""
     texts: list[str] = []
     for text, _ in documents:
         texts.append(text[:max_chars])
@@ -106,12 +101,7 @@ def load(name: str, wait: float) -> RustBPETokenizer | None:
         return None
 
 
-def ratio(tok: RustBPETokenizer, texts: list[str]) -> float:
-    """Bytes per token."""
-    return sum(len(text.encode("utf-8", "replace")) for text in texts) / sum(map(len, tok.encode(texts)))
-
-
-def table(ratios: dict[str, dict[str, float | None]], sizes: dict[str, int]) -> str:
+def table(ratios: dict[str, dict[str, float]], sizes: dict[str, int]) -> str:
     """Bytes per token: a line a text, a column a tokenizer."""
     lines = [f"{'bytes per token':16}{'bytes':>10}" + "".join(f"{name:>15}" for name in ratios)]
     for what, size in sizes.items():

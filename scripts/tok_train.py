@@ -10,7 +10,8 @@ import itertools
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -44,7 +45,7 @@ PRESETS = {
     "smoke": Settings(vocab_size=scaling.RUNS["smoke"]["vocab_size"], max_chars=200_000),
     "cpu-demo": Settings(vocab_size=scaling.RUNS["cpu-demo"]["vocab_size"], max_chars=20_000_000),
     "single-gpu": _hub,
-    "speedrun": replace(_hub),
+    "speedrun": _hub,
 }
 
 
@@ -58,9 +59,8 @@ class Feed:
     def __iter__(self) -> Iterator[str]:
         start = shown = time.monotonic()
         for text, cursor in self.source.documents("train"):
-            if (
-                self.chars >= self.cfg.max_chars or cursor.get("at", [0])[0] > 0
-            ):  # [epoch, ...] of a finite source
+            epoch = cursor.get("at", [0])[0]  # only finite sources have epochs
+            if self.chars >= self.cfg.max_chars or epoch > 0:
                 break
             text = text[: min(self.cfg.doc_cap, self.cfg.max_chars - self.chars)]
             self.documents += 1
@@ -91,12 +91,11 @@ def main(argv: list[str] | None = None) -> None:
     rt = Runtime(torch.device("cpu"), torch.float32)
     path = home.tokenizer_dir / FILE_NAME
     with open_stage("tok_train", cfg, rt, {"source": source.fingerprint()}) as stage:
-        earlier = RustBPETokenizer.from_directory(home.tokenizer_dir).fingerprint() if path.exists() else None
+        earlier = fingerprint_at(home.tokenizer_dir)
         if stage.finished and stage.finished["tokenizer"] == earlier:
             print(f"tok_train: already finished, {stage.finished['vocab_size']:,} tokens in {path}")
             return
-        start = time.monotonic()
-        feed = Feed(source, cfg)
+        start, feed = time.monotonic(), Feed(source, cfg)
         tok = RustBPETokenizer.train_from_iterator(feed, cfg.vocab_size)
         seconds = time.monotonic() - start
         if earlier is not None and earlier != tok.fingerprint():
@@ -110,15 +109,22 @@ def main(argv: list[str] | None = None) -> None:
         check = "\n".join(texts)[:CHECK_CHARS]
         ratio = len(check.encode("utf-8", "replace")) / len(tok.encode(check))
         print(f"{tok.get_vocab_size():,} tokens in {seconds:.1f} s, {ratio:.3f} bytes per token: {path}")
-        stage.finish(
-            tokenizer=tok.fingerprint(),
-            vocab_size=tok.get_vocab_size(),
-            seconds=round(seconds, 2),
-            documents=feed.documents,
-            chars=feed.chars,
-            bytes=feed.bytes,
-            bytes_per_token=ratio,
-        )
+        facts = {
+            "documents": feed.documents,
+            "chars": feed.chars,
+            "bytes": feed.bytes,
+            "bytes_per_token": ratio,
+        }
+        facts |= {"vocab_size": tok.get_vocab_size(), "seconds": round(seconds, 2)}
+        stage.finish(tokenizer=tok.fingerprint(), **facts)
+
+
+def fingerprint_at(directory: Path) -> str | None:
+    """The fingerprint of the tokenizer that is there; None if there is none, or a damaged one."""
+    try:
+        return RustBPETokenizer.from_directory(directory).fingerprint()
+    except errors.UserError:
+        return None
 
 
 if __name__ == "__main__":

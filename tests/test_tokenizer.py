@@ -221,6 +221,9 @@ def test_training_script(home: Path, capsys: pytest.CaptureFixture[str]) -> None
     tok_train.main([*argv, "--vocab-size=310"])
     assert f"kept as tokenizer-{first.fingerprint()[:12]}.json" in capsys.readouterr().out
     assert RustBPETokenizer.from_directory(Home.find().tokenizer_dir).get_vocab_size() == 310
+    (Home.find().tokenizer_dir / "tokenizer.json").write_text("{")
+    tok_train.main(argv)  # a damaged file is replaced
+    assert RustBPETokenizer.from_directory(Home.find().tokenizer_dir).fingerprint() == first.fingerprint()
     for wrong in ("--vocab-size=264", "--max-chars=0", "--doc-cap=0"):
         with pytest.raises(UserError, match="must be positive"):
             tok_train.main([*argv, wrong])
