@@ -100,8 +100,7 @@ def converse(session: Session, read: Callable[[], str], say: Say) -> None:
 
 
 def answer(session: Session, pieces: Iterator[tuple[str, str]], say: Say, errors_end: bool = False) -> None:
-    """Say an answer as it comes. Ctrl-C ends it, keeps what has come, and ends the program only if asked to.
-    """
+    """Say an answer as it comes. Ctrl-C ends it, keeps what has come, and goes on unless errors_end."""
     if session.num_left_out:
         say(f"(the oldest {session.num_left_out} messages do not fit any more and are left out)\n", True)
     try:

@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         if opened.warning:
             print(f"note: {opened.warning}")
+        listener.listen()  # from here on connections wait for the server instead of failing
         host, port = listener.getsockname()[:2]
         print(
             f"{settings.tag}/{opened.stage}, step {opened.step}: open http://{host}:{port} (Ctrl-C ends it)",

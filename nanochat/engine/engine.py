@@ -44,7 +44,7 @@ class Generation:
             self.finish_reason = "stop"
         elif len(self.output) >= self.limit:
             self.finish_reason = "length"
-        elif not is_forced:
+        else:
             self._forced.extend(self._tool.feed(token))
 
 

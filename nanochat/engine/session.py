@@ -67,8 +67,7 @@ Ctrl-C stops an answer; Alt-Enter begins a new line."""
 
 
 class Session:
-    """Messages, the sampling settings, and `ask`. Reply number n draws with seed + n, so that each differs.
-    """
+    """Messages, the sampling settings, and `ask`. Reply n draws with seed + n, so that each differs."""
 
     def __init__(self, engine: Engine, *, temperature: float, top_k: int, max_tokens: int, seed: int) -> None:
         self.engine, self.tok = engine, engine.tokenizer
