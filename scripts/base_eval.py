@@ -82,35 +82,34 @@ def measure(cfg: Settings, rt: runtime.Runtime) -> None:
     )
     tasks, missing, note = find_core(cfg, home, rt)
     parent = ["base", found.meta.get("key"), found.step]
-    inputs = {"tokenizer": tok.fingerprint(), "parent": parent, "data": source.fingerprint()}
-    stage = open_stage("base_eval", cfg, rt, inputs | {"core": core.fingerprint(tasks) if tasks else None})
-    if stage.finished:
-        rt.say(f"base_eval: already finished, bits per byte {stage.finished['val_bpb']}")
-        return
-    begun, T = time.perf_counter(), model.config.sequence_len
-    rows = validation_batches(
-        source,
-        tok,
-        sequence_len=T,
-        device_batch=cfg.device_batch,
-        rt=rt,
-        num_rows=max(1, cfg.eval_tokens // T),
-    )
-    bpb = evaluate_bpb(model, rows, tok.token_bytes(), rt)
-    rt.say(f"base_eval: bits per byte {bpb:.5f} on {rows.num_rows:,} validation rows of {T} tokens")
-    samples = continuations(model, tok, cfg.sample_tokens) if rt.is_main and cfg.sample_tokens else []
-    rt.say("\n".join(f"  | {prompt}{text}" for prompt, text in samples))
-    facts: dict[str, Any] = {"core": None, "tasks": {}}
-    if tasks:
-        facts = core.evaluate_core(tasks, model, tok, rt, max_per_task=cfg.max_per_task, say=rt.say)
-        rt.say(f"base_eval: CORE {facts['core']:.4f} over {len(tasks)} tasks" + (f"; {note}" if note else ""))
-    else:
-        rt.say(f"CORE not run: {note}")
-    stage.finish(
-        parent=parent, val_bpb=bpb if math.isfinite(bpb) else None, val_rows=rows.num_rows, samples=samples,
-        core=facts["core"], core_note=note, core_tasks=facts["tasks"], core_missing=missing,
-        seconds=round(time.perf_counter() - begun, 2),
-    )  # fmt: skip
+    inputs: dict[str, Any] = {"tokenizer": tok.fingerprint(), "parent": parent, "data": source.fingerprint()}
+    inputs["core"] = core.fingerprint(tasks) if tasks else None
+    with open_stage("base_eval", cfg, rt, inputs) as stage:
+        if stage.finished:
+            rt.say(f"base_eval: already finished, bits per byte {stage.finished['val_bpb']}")
+            return
+        begun, T = time.perf_counter(), model.config.sequence_len
+        num_rows = max(1, cfg.eval_tokens // T)
+        rows = validation_batches(
+            source, tok, sequence_len=T, device_batch=cfg.device_batch, rt=rt, num_rows=num_rows
+        )
+        bpb = evaluate_bpb(model, rows, tok.token_bytes(), rt)
+        rt.say(f"base_eval: bits per byte {bpb:.5f} on {rows.num_rows:,} validation rows of {T} tokens")
+        samples = continuations(model, tok, cfg.sample_tokens) if rt.is_main and cfg.sample_tokens else []
+        rt.say("\n".join(f"  | {prompt}{text}" for prompt, text in samples))
+        facts: dict[str, Any] = {"core": None, "tasks": {}}
+        if tasks:
+            facts = core.evaluate_core(tasks, model, tok, rt, max_per_task=cfg.max_per_task, say=rt.say)
+            rt.say(
+                f"base_eval: CORE {facts['core']:.4f} over {len(tasks)} tasks{f'; {note}' if note else ''}"
+            )
+        else:
+            rt.say(f"CORE not run: {note}")
+        stage.finish(
+            parent=parent, val_bpb=bpb if math.isfinite(bpb) else None, val_rows=rows.num_rows,
+            samples=samples, core=facts["core"], core_note=note, core_tasks=facts["tasks"],
+            core_missing=missing, seconds=round(time.perf_counter() - begun, 2),
+        )  # fmt: skip
 
 
 def find_core(

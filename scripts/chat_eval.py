@@ -101,37 +101,29 @@ def measure(cfg: Settings, stage_name: str, rt: runtime.Runtime) -> None:
     model, tok, found = models.load_model(home, cfg.tag, stage_name, rt=rt, step=cfg.step)
     tasks = open_tasks(cfg.tasks, found.meta.get("settings", {}), home)
     parent = [stage_name, found.meta.get("key"), found.step]
-    stage = open_stage(
-        name, replace(cfg, tasks=",".join(tasks)), rt, {"tokenizer": tok.fingerprint(), "parent": parent}
-    )
-    if stage.finished:
-        rt.say(f"{name}: already finished, ChatCORE {stage.finished['chatcore']:.4f}")
-        return
-    begun, engine = time.perf_counter(), Engine(model, tok)
-    facts, examples = {}, {}
-    rt.say(f"{name}: {'task':<16}{'accuracy':>9}   95 % interval    right of total   chance   seconds")
-    for task_name, task in tasks.items():
-        f, records = evaluate_task(
-            task, engine, rt, max_problems=cfg.max_problems, max_tokens=cfg.max_tokens,
-            batch_size=cfg.batch_size, temperature=cfg.temperature, seed=cfg.seed,
-        )  # fmt: skip
-        facts[task_name], examples[task_name] = f, records[:NUM_EXAMPLES]
-        if rt.is_main:
-            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            write_text(home.stage_dir(cfg.tag, name) / f"{task_name}.jsonl", lines)
-        rt.say(f"{name}: {task_name:<16}{f['accuracy']:>9.1%}  {f['low']:>6.1%} -{f['high']:>6.1%}   "
-               f"{f['right']:>6} of {f['total']:<6}{f['chance']:>8.1%}{f['seconds']:>10.1f}")  # fmt: skip
-    mean = chat_core(facts)
-    rt.say(
-        f"{name}: ChatCORE {mean:.4f}, the mean of (accuracy - chance) / (1 - chance) over {len(facts)} tasks"
-    )
-    stage.finish(
-        parent=parent,
-        chatcore=mean,
-        tasks=facts,
-        examples=examples,
-        seconds=round(time.perf_counter() - begun, 2),
-    )
+    inputs = {"tokenizer": tok.fingerprint(), "parent": parent}
+    with open_stage(name, replace(cfg, tasks=",".join(tasks)), rt, inputs) as stage:
+        if stage.finished:
+            rt.say(f"{name}: already finished, ChatCORE {stage.finished['chatcore']:.4f}")
+            return
+        begun, engine = time.perf_counter(), Engine(model, tok)
+        facts, examples = {}, {}
+        rt.say(f"{name}: {'task':<16}{'accuracy':>9}   95 % interval    right of total   chance   seconds")
+        for task_name, task in tasks.items():
+            f, records = evaluate_task(
+                task, engine, rt, max_problems=cfg.max_problems, max_tokens=cfg.max_tokens,
+                batch_size=cfg.batch_size, temperature=cfg.temperature, seed=cfg.seed,
+            )  # fmt: skip
+            facts[task_name], examples[task_name] = f, records[:NUM_EXAMPLES]
+            if rt.is_main:
+                lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+                write_text(home.stage_dir(cfg.tag, name) / f"{task_name}.jsonl", lines)
+            rt.say(f"{name}: {task_name:<16}{f['accuracy']:>9.1%}  {f['low']:>6.1%} -{f['high']:>6.1%}   "
+                   f"{f['right']:>6} of {f['total']:<6}{f['chance']:>8.1%}{f['seconds']:>10.1f}")  # fmt: skip
+        mean = chat_core(facts)
+        rt.say(f"{name}: ChatCORE {mean:.4f}, mean of (accuracy - chance) / (1 - chance), {len(facts)} tasks")
+        seconds = round(time.perf_counter() - begun, 2)
+        stage.finish(parent=parent, chatcore=mean, tasks=facts, examples=examples, seconds=seconds)
 
 
 if __name__ == "__main__":

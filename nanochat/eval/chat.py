@@ -20,6 +20,8 @@ from nanochat.runtime import Runtime
 
 Z_95 = 1.959964  # of the normal distribution, for an interval of 95 %
 
+TOO_LONG = "prompt too long"
+
 Facts = dict[str, Any]
 
 
@@ -34,7 +36,7 @@ def wilson(right: int, total: int, z: float = Z_95) -> tuple[float, float]:
     p, spread = right / total, z * z / total
     middle = (p + spread / 2) / (1 + spread)
     half = z * math.sqrt(p * (1 - p) / total + spread / total / 4) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))  # p inside, also when rounded
 
 
 def chat_core(facts: Mapping[str, Facts]) -> float | None:
@@ -69,13 +71,13 @@ def write_answers(
     """(answer, everything written, why it ended) of each; the answer is the text parts, without tool calls.
 
     `how`: the other arguments of Engine.complete. A prompt that fills the context gets no answer and ends
-    with "prompt too long".
+    with TOO_LONG, which is wrong.
     """
     tok = engine.tokenizer
     rows = [tok.render_for_completion(conversation) for conversation in conversations]
     fits = [i for i, ids in enumerate(rows) if len(ids) < engine.context]
     done = engine.complete([rows[i] for i in fits], seed=[seeds[i] for i in fits], **how)
-    written = [("", "", "prompt too long")] * len(rows)
+    written = [("", "", TOO_LONG)] * len(rows)
     for i, one in zip(fits, done, strict=True):
         written[i] = (answer_of(one.ids, tok), tok.decode(one.ids), one.finish_reason)
     return written
@@ -129,7 +131,7 @@ def _record(task: Any, index: int, conversation: Any, answer: str, full: str, en
         "answer": answer,
         "full": full,
         "ended": ended,
-        "right": bool(task.evaluate(conversation, answer)),
+        "right": ended != TOO_LONG and bool(task.evaluate(conversation, answer)),
     }
 
 

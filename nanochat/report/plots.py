@@ -8,7 +8,7 @@ from typing import Any
 
 from nanochat.report.facts import TRAINED, Facts
 
-SMOOTHING = 0.95
+SMOOTHING = 0.9
 COLOURS = {"base": "#4c72b0", "mid": "#dd8452", "sft": "#55a868", "rl": "#c44e52"}
 
 
@@ -28,7 +28,7 @@ def draw(facts: Facts, directory: Path) -> list[str]:
 
 
 def smooth(values: list[float]) -> list[float]:
-    """An exponential average that starts unbiased: weights 0.95^k, normalised."""
+    """An exponential average that starts unbiased: weights 0.9^k, normalised."""
     result, total, weight = [], 0.0, 0.0
     for value in values:
         total, weight = SMOOTHING * total + value, SMOOTHING * weight + 1

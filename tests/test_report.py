@@ -1,0 +1,155 @@
+"""The report: what is there is shown, what is not is said to be missing, nothing else appears."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanochat.errors import UserError
+from nanochat.paths import Home, write_json
+from nanochat.report import page
+from nanochat.report.facts import read_facts
+from nanochat.report.plots import smooth
+from scripts import report
+
+
+def write_stage(
+    home: Home, name: str, result: dict[str, Any] | None, metrics: Sequence[dict[str, Any]] = ()
+) -> None:
+    write_json(home.settings_file("main", name), {"home": "/somewhere", "tag": "main", "depth": 4})
+    if result is not None:
+        write_json(home.result_file("main", name), result)
+    lines = "".join(json.dumps(row) + "\n" for row in metrics)
+    home.metrics_file("main", name).write_text(lines, encoding="utf-8")
+
+
+def accuracy(right: int, total: int, chance: float = 0.0) -> dict[str, Any]:
+    share = right / total
+    return {
+        "accuracy": share, "low": share - 0.03, "high": share + 0.02, "right": right, "total": total,
+        "chance": chance,
+    }  # fmt: skip
+
+
+def losses(n: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [{"step": i, "loss": 5 / i} for i in range(1, n + 1)]
+    rows.insert(3, {"step": 3, "eval_seconds": 0.1, "val_bpb": 1.25, "val_loss": 2.5})
+    return rows + [{"step": n, "loss": None, "skipped": "a spike"}]
+
+
+@pytest.fixture
+def full(home: Path) -> Home:
+    where = Home(home)
+    machine = {"cpu": "a | processor", "gpus": [], "cores": 2}
+    write_stage(where, "tok_train", {"vocab_size": 2048, "seconds": 4.0, "bytes_per_token": 4.123456789})
+    write_stage(
+        where, "base",
+        {"train_seconds": 3725.0, "steps": 600, "tokens": 4915200, "tokens_per_second": 12345.6,
+         "val_bpb": 0.9, "peak_memory_bytes": 1_500_000_000, "peak_frac": 0.31, "machine": machine, "plan": {"depth": 4}},
+        losses(9),
+    )  # fmt: skip
+    core = {"accuracy": 0.5, "centred": -0.3158, "chance": 0.62, "total": 20, "num_long": 3}
+    write_stage(
+        where, "base_eval",
+        {"val_bpb": 0.8765, "core": 0.0123, "core_tasks": {"boolq": core, "copa": core},
+         "core_note": "a note", "samples": [["The sky is", " *blue*\n# green"]], "seconds": 5.0, "machine": machine},
+    )  # fmt: skip
+    write_stage(where, "mid", {"train_seconds": 60.0, "val_loss": 0.7}, losses(5))
+    write_stage(
+        where, "chat_eval_mid",
+        {"tasks": {"facts": accuracy(120, 200), "choice": accuracy(50, 200, 0.25)},
+         "chatcore": 0.3, "seconds": 7.0},
+    )  # fmt: skip
+    write_stage(where, "sft", None, losses(4))
+    return where
+
+
+def cells(table: page.Table, title: str) -> list[str]:
+    (found,) = [row[1:] for row in table if row[0].startswith(title)]
+    return found
+
+
+def test_summary_shows_what_was_measured_and_no_more(full: Home) -> None:
+    table = page.summary(read_facts(full, "main"))
+    assert table[0] == ["", "base", "mid", "sft"]  # rl has not been run and is optional
+    assert cells(table, "bits per byte") == ["0.8765", "–", "–"]  # base_eval's, not training's
+    assert cells(table, "validation loss") == ["–", "0.7000", "–"]
+    assert cells(table, "CORE (2 tasks)") == ["0.0123", "–", "–"]
+    assert cells(table, "facts") == ["–", "60.0 %", "–"]
+    assert cells(table, "ChatCORE") == ["–", "0.3000", "–"]
+    full.result_file("main", "base_eval").unlink()
+    table = page.summary(read_facts(full, "main"))
+    assert cells(table, "bits per byte")[0] == "0.9000" and cells(table, "CORE") == ["–"] * 3
+
+
+def test_stages_table(full: Home) -> None:
+    rows = {row[0]: row[1:] for row in page.stages(read_facts(full, "main"))}
+    assert rows["base"] == ["finished", "1:02:05", "600", "4,915,200", "12,346", "31.0 %", "1.50 GB"]
+    assert rows["sft"][:2] == ["unfinished, step 4", "–"] and rows["tok_eval"][:2] == ["not run", "–"]
+    assert rows["together"][1] == "1:03:21"  # 4 + 3725 + 5 + 60 + 7 seconds
+
+
+def test_page_and_plots(full: Home, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("matplotlib")
+    report.main(["--tag=main", "--preset=cpu-demo", "--seed=3"])
+    out = capsys.readouterr().out
+    assert "0.8765" in out and "sft: unfinished, step 4" in out and "chat_eval_sft: not run" in out
+    directory = full.report_dir("main")
+    text = (directory / "report.md").read_text(encoding="utf-8")
+    assert {p.name for p in directory.iterdir()} == {"report.md", "loss.png", "bpb.png", "accuracy.png"}
+    for name in re.findall(r"\((\w+\.png)\)", text):
+        assert (directory / name).read_bytes().startswith(b"\x89PNG")
+    assert text.count(".png](") == 3
+    assert "| mid | facts | 60.0 % | 57.0 % to 62.0 % | 120 | 200 | 0.0 % |" in text
+    assert "| boolq | 50.0 % | -0.3158 | 62.0 % | 20 | 3 |" in text and "a note" in text
+    assert "    The sky is *blue*\n    # green" in text  # a model's words are no markup
+    assert "| cpu | a \\| processor |" in text and text.count("| cores | 2 |") == 1  # one machine, shown once
+    assert "| bytes_per_token | 4.12346 |" in text and "| vocab_size | 2,048 |" in text
+    assert "/somewhere" not in text and "    depth=4" in text
+    assert "Not finished: tok_eval (not run), sft (unfinished, step 4), chat_eval_sft (not run)." in text
+    assert "## Answers\n\nNothing was recorded." in text
+    assert len({line.count("|") for line in text.split("## Time")[1].split("\n\n")[1].splitlines()}) == 1
+
+
+def test_without_matplotlib_the_page_is_written(
+    full: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    report.main(["--tag=main"])
+    assert "plots not drawn" in capsys.readouterr().out
+    assert [p.name for p in full.report_dir("main").iterdir()] == ["report.md"]
+    assert ".png" not in (full.report_dir("main") / "report.md").read_text(encoding="utf-8")
+
+
+def test_only_a_tokenizer_so_far(home: Path, capsys: pytest.CaptureFixture) -> None:
+    write_stage(Home(home), "tok_train", {"vocab_size": 512, "seconds": 1.0})
+    report.main([])
+    assert "base: not run" in capsys.readouterr().out
+    directory = Home(home).report_dir("main")
+    text = (directory / "report.md").read_text(encoding="utf-8")
+    assert text.count("Nothing was recorded.") == 6  # all sections but the tokenizer's and the settings
+    assert [p.name for p in directory.iterdir()] == ["report.md"]
+
+
+def test_nothing_to_report(home: Path) -> None:
+    with pytest.raises(UserError, match="no facts"):
+        report.main(["--tag=other"])
+    write_stage(Home(home), "base", {})
+    Home(home).result_file("main", "base").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match="cannot be read"):
+        report.main([])
+
+
+def test_small_parts() -> None:
+    assert [page.count(v) for v in (None, 1234, 0.123456789, 123456.7, "text", True)] == [
+        "–", "1,234", "0.123457", "123,457", "text", "True",
+    ]  # fmt: skip
+    assert page.plain([["", "a"], ["long", "1"], ["b", "–"]]) == "      a\nlong  1\nb     –"
+    assert smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0] * 3)
+    assert smooth([0.0, 1.0])[1] == pytest.approx(1 / 1.9)
