@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib
 import os
 import re
@@ -50,6 +51,7 @@ def tracked() -> list[Path]:
     return sorted(path for path in map(Path, names) if (ROOT / path).is_file())
 
 
+@functools.cache
 def tree(path: Path) -> ast.Module:
     return ast.parse((ROOT / path).read_text(encoding="utf-8"), str(path), feature_version=(3, 10))
 
