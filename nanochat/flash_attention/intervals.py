@@ -1,7 +1,7 @@
-"""Which keys a query sees. Every mask here is an interval: causality, windows, packed documents, cache lengths.
+"""Which keys a query sees: always an interval, be it for causality, windows, documents or cache lengths.
 
-Query t of row b sees the keys s with low[b, t] <= s <= high[b, t]. Queries are aligned with the end of the keys
-("lower right"): the last query stands at the position of the last key, as decoding needs it.
+Query t of row b sees the keys s with low[b, t] <= s <= high[b, t]. Queries are aligned with the end of the
+keys ("lower right"), as decoding needs it: the last query stands at the position of the last key.
 
 Letters: B rows, T queries, S keys.
 """
@@ -11,15 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+Limit = int | None  # how many positions back (left) or ahead (right) a query sees; None = no limit
+Docs = Tensor | None  # doc_start_BT: keys before it are not seen
+
 
 def intervals(
-    num_queries: int,
-    lengths_B: Tensor,
-    left: int | None = None,
-    right: int | None = None,
-    doc_start_BT: Tensor | None = None,
+    num_queries: int, lengths_B: Tensor, left: Limit, right: Limit, doc_start_BT: Docs = None
 ) -> tuple[Tensor, Tensor]:
-    """(low_BT, high_BT), both inclusive; None = no limit; lengths_B counts the keys of each row."""
+    """(low_BT, high_BT), both inclusive; lengths_B counts the keys of each row."""
     end_B1 = lengths_B.long()[:, None]
     position_BT = end_B1 - num_queries + torch.arange(num_queries, device=lengths_B.device)
     low_BT = torch.zeros_like(position_BT) if left is None else (position_BT - left).clamp(min=0)
@@ -32,6 +31,6 @@ def intervals(
 
 
 def keep(low_BT: Tensor, high_BT: Tensor, start: int, stop: int) -> Tensor:
-    """Boolean mask (B, 1, T, stop - start) over the keys start .. stop; True = may attend, as SDPA has it."""
+    """Boolean mask (B, 1, T, stop - start) over the keys start .. stop; True = may attend, as in SDPA."""
     keys_S = torch.arange(start, stop, device=low_BT.device)
     return ((keys_S >= low_BT[..., None]) & (keys_S <= high_BT[..., None])).unsqueeze(1)

@@ -1,12 +1,12 @@
-"""The oracle: attention in plain PyTorch, in fp32 or fp64, with gradients written out. Slow, and meant to be read.
+"""The oracle: attention in plain PyTorch, in fp32 or fp64, gradients written out. Slow; meant to be read.
 
-`naive` is the definition. `tiled` is FlashAttention-2 (Dao 2023, algorithms 1 and 2): it never holds more than a
-block of the T x S matrix, and recomputes it in the backward pass. docs/attention.md walks through both.
+`naive` is the definition. `tiled` is FlashAttention-2 (Dao 2023, algorithms 1 and 2): it holds only a block
+of the T x S matrix at a time and computes it again in the backward pass. docs/attention.md tells the story.
 
-    S = scale Q K^T      P = softmax(S)      O = P V
-    dV = P^T dO      dP = dO V^T      dS = P * (dP - rowsum(dO * O))      dQ = scale dS K      dK = scale dS^T Q
+    S = scale Q K^T    P = softmax(S)    O = P V    delta = rowsum(dO * O)
+    dV = P^T dO    dS = P * (dO V^T - delta)    dQ = scale dS K    dK = scale dS^T Q
 
-Letters: B rows, T queries, S keys, H heads, K key/value heads, E head size. `delta` is rowsum(dO * O).
+Letters: B rows, T queries, S keys, H heads (in this file as many for keys as for queries), E head size.
 """
 
 from __future__ import annotations
@@ -18,67 +18,57 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanochat.flash_attention.cache import Cache
-from nanochat.flash_attention.intervals import intervals, keep
+from nanochat.flash_attention.intervals import Docs, Limit, intervals, keep
 
 BLOCK = 64
-NAIVE_SCORES = 1024 * 1024  # up to this many scores a head the tier takes the naive path, then the tiled one
+MAX_NAIVE = 1024 * 1024  # scores per head up to which the tier takes the naive path, then the tiled one
 
 
 class Naive(torch.autograd.Function):
     """Attention by its definition; keeps the (T, S) weights P for the backward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q_BHTE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, low_BT: Tensor, high_BT: Tensor
-    ) -> Tensor:
-        ctx.scale = q_BHTE.shape[-1] ** -0.5
-        scores = ctx.scale * q_BHTE @ k_BHSE.mT
-        scores = scores.masked_fill(~keep(low_BT, high_BT, 0, k_BHSE.shape[2]), -torch.inf)
-        largest = scores.amax(-1, keepdim=True).clamp(
-            min=_floor(q_BHTE)
-        )  # a query that sees nothing: weights 0
-        weights = torch.exp(scores - largest)
-        weights = weights / weights.sum(-1, keepdim=True).clamp(min=_tiny(q_BHTE))
-        y_BHTE = weights @ v_BHSE
-        ctx.save_for_backward(q_BHTE, k_BHSE, v_BHSE, weights, y_BHTE)
-        return y_BHTE
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, low_BT: Tensor, high_BT: Tensor) -> Tensor:
+        ctx.scale = q.shape[-1] ** -0.5
+        scores = (ctx.scale * q @ k.mT).masked_fill(~keep(low_BT, high_BT, 0, k.shape[2]), -torch.inf)
+        info = torch.finfo(q.dtype)  # its limits make the weights of a query that sees nothing 0, not NaN
+        p = torch.exp(scores - scores.amax(-1, keepdim=True).clamp(min=info.min))
+        p = p / p.sum(-1, keepdim=True).clamp(min=info.tiny)
+        y = p @ v
+        ctx.save_for_backward(q, k, v, p, y)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights, y = ctx.saved_tensors
-        dv = weights.mT @ dy
-        dweights = dy @ v.mT
-        dscores = weights * (dweights - (dy * y).sum(-1, keepdim=True))
-        return ctx.scale * dscores @ k, ctx.scale * dscores.mT @ q, dv, None, None
+        q, k, v, p, y = ctx.saved_tensors
+        ds = p * (dy @ v.mT - (dy * y).sum(-1, keepdim=True))
+        return ctx.scale * ds @ k, ctx.scale * ds.mT @ q, p.mT @ dy, None, None
 
 
 class Tiled(torch.autograd.Function):
-    """FlashAttention-2: an online softmax over key blocks; keeps only O and L = m + log(l), one number a query."""
+    """FlashAttention-2: an online softmax over key blocks; keeps only O and L = m + log(l)."""
 
     @staticmethod
     def forward(
         ctx: Any, q_BHTE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, low_BT: Tensor, high_BT: Tensor, block: int
     ) -> Tensor:
-        ctx.scale, ctx.block = q_BHTE.shape[-1] ** -0.5, block
+        ctx.scale, ctx.block, info = q_BHTE.shape[-1] ** -0.5, block, torch.finfo(q_BHTE.dtype)
         y_BHTE, logsum_BHT1 = torch.empty_like(q_BHTE), torch.empty_like(q_BHTE[..., :1])
         for t in _blocks(q_BHTE, block):
             q = q_BHTE[:, :, t]
-            m = torch.full_like(q[..., :1], _floor(q))  # running maximum of the scores
-            l = torch.zeros_like(m)  # running sum of exp(score - m)  # noqa: E741
-            acc = torch.zeros_like(q)  # running sum of exp(score - m) * value
+            largest = torch.full_like(q[..., :1], info.min)  # m, the running maximum of the scores
+            total = torch.zeros_like(largest)  # l, the running sum of exp(score - m)
+            acc = torch.zeros_like(q)  # the running sum of exp(score - m) * value
             for s in _blocks(k_BHSE, block):
                 if (scores := _scores(ctx.scale, q, k_BHSE[:, :, s], low_BT[:, t], high_BT[:, t], s)) is None:
                     continue
-                m_new = torch.maximum(m, scores.amax(-1, keepdim=True))
-                p = torch.exp(scores - m_new)
-                rescale = torch.exp(m - m_new)
-                l = rescale * l + p.sum(-1, keepdim=True)  # noqa: E741
+                before, largest = largest, torch.maximum(largest, scores.amax(-1, keepdim=True))
+                p, rescale = torch.exp(scores - largest), torch.exp(before - largest)
+                total = rescale * total + p.sum(-1, keepdim=True)
                 acc = rescale * acc + p @ v_BHSE[:, :, s]
-                m = m_new
-            l = l.clamp(min=_tiny(q))  # noqa: E741
-            y_BHTE[:, :, t] = acc / l
-            logsum_BHT1[:, :, t] = m + torch.log(l)
+            total = total.clamp(min=info.tiny)
+            y_BHTE[:, :, t], logsum_BHT1[:, :, t] = acc / total, largest + torch.log(total)
         ctx.save_for_backward(q_BHTE, k_BHSE, v_BHSE, low_BT, high_BT, y_BHTE, logsum_BHT1)
         return y_BHTE
 
@@ -90,73 +80,44 @@ class Tiled(torch.autograd.Function):
         delta_BHT1 = (dy_BHTE * y_BHTE).sum(-1, keepdim=True)
         for s in _blocks(
             k_BHSE, ctx.block
-        ):  # as FA2 does: a worker owns a key block, so that dk, dv stay local
+        ):  # keys outside, as in FA2: dk and dv of a block stay in one place
             k, v = k_BHSE[:, :, s], v_BHSE[:, :, s]
             for t in _blocks(q_BHTE, ctx.block):
                 q, dy = q_BHTE[:, :, t], dy_BHTE[:, :, t]
                 if (scores := _scores(ctx.scale, q, k, low_BT[:, t], high_BT[:, t], s)) is None:
                     continue
                 p = torch.exp(scores - logsum_BHT1[:, :, t])
+                ds = p * (dy @ v.mT - delta_BHT1[:, :, t])
                 dv[:, :, s] += p.mT @ dy
-                dscores = p * (dy @ v.mT - delta_BHT1[:, :, t])
-                dq[:, :, t] += ctx.scale * dscores @ k
-                dk[:, :, s] += ctx.scale * dscores.mT @ q
+                dq[:, :, t] += ctx.scale * ds @ k
+                dk[:, :, s] += ctx.scale * ds.mT @ q
         return dq, dk, dv, None, None, None
 
 
-def naive(q_BHTE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, low_BT: Tensor, high_BT: Tensor) -> Tensor:
-    """Attention over the keys low .. high of each query, by the definition."""
-    return Naive.apply(q_BHTE, k_BHSE, v_BHSE, low_BT, high_BT)  # type: ignore[no-any-return]
-
-
-def tiled(
-    q_BHTE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, low_BT: Tensor, high_BT: Tensor, block: int = BLOCK
-) -> Tensor:
-    """The same numbers as `naive`, a block of queries and a block of keys at a time."""
-    return Tiled.apply(q_BHTE, k_BHSE, v_BHSE, low_BT, high_BT, block)  # type: ignore[no-any-return]
-
-
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why this tier cannot run, or None: it runs wherever torch does."""
-    return None
+naive, tiled = Naive.apply, Tiled.apply  # q_BHTE, k_BHSE, v_BHSE, low_BT, high_BT (, block)
 
 
 def attend(
-    q_BTHE: Tensor,
-    k_BSKE: Tensor,
-    v_BSKE: Tensor,
-    left: int | None,
-    right: int | None,
-    doc_start_BT: Tensor | None = None,
+    q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, left: Limit, right: Limit, doc_start_BT: Docs = None
 ) -> Tensor:
     """The tier's training call, (B, T, H, E): fp64 stays fp64, everything else is computed in fp32."""
     lengths_B = torch.full((len(q_BTHE),), k_BSKE.shape[1], device=q_BTHE.device)
-    return _attend(q_BTHE, k_BSKE, v_BSKE, lengths_B, left, right, doc_start_BT)
+    return _attend(q_BTHE, k_BSKE, v_BSKE, *intervals(q_BTHE.shape[1], lengths_B, left, right, doc_start_BT))
 
 
-def attend_cache(q_BTHE: Tensor, cache: Cache, left: int | None, right: int | None) -> Tensor:
+def attend_cache(q_BTHE: Tensor, cache: Cache, left: Limit, right: Limit) -> Tensor:
     """Attention of the newest T positions of each row over its cached keys (already appended)."""
-    return _attend(q_BTHE, *cache.whole(), cache.starts_B, left, right, None)
+    return _attend(q_BTHE, *cache.whole(), *intervals(q_BTHE.shape[1], cache.starts_B, left, right))
 
 
-def _attend(
-    q_BTHE: Tensor,
-    k_BSKE: Tensor,
-    v_BSKE: Tensor,
-    lengths_B: Tensor,
-    left: int | None,
-    right: int | None,
-    doc_start_BT: Tensor | None,
-) -> Tensor:
-    low_BT, high_BT = intervals(q_BTHE.shape[1], lengths_B, left, right, doc_start_BT)
+def _attend(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, low_BT: Tensor, high_BT: Tensor) -> Tensor:
     dtype = torch.float64 if q_BTHE.dtype == torch.float64 else torch.float32
-    groups = q_BTHE.shape[2] // k_BSKE.shape[2]  # GQA: query heads j * groups .. share key/value head j
-    q, k, v = (
-        x.to(dtype).repeat_interleave(n, 2).transpose(1, 2)
-        for x, n in ((q_BTHE, 1), (k_BSKE, groups), (v_BSKE, groups))
-    )
-    attention = naive if q.shape[2] * k.shape[2] <= NAIVE_SCORES else tiled
-    return attention(q, k, v, low_BT, high_BT).transpose(1, 2).to(q_BTHE.dtype)
+    groups = q_BTHE.shape[2] // k_BSKE.shape[2]  # query heads j * groups .. share key/value head j
+    q = q_BTHE.to(dtype).transpose(1, 2)
+    k, v = (x.to(dtype).repeat_interleave(groups, 2).transpose(1, 2) for x in (k_BSKE, v_BSKE))
+    is_small = q.shape[2] * k.shape[2] <= MAX_NAIVE
+    y_BHTE = naive(q, k, v, low_BT, high_BT) if is_small else tiled(q, k, v, low_BT, high_BT, BLOCK)
+    return y_BHTE.transpose(1, 2).to(q_BTHE.dtype)
 
 
 def _blocks(x_BHTE: Tensor, block: int) -> list[slice]:
@@ -164,15 +125,7 @@ def _blocks(x_BHTE: Tensor, block: int) -> list[slice]:
 
 
 def _scores(scale: float, q: Tensor, k: Tensor, low: Tensor, high: Tensor, s: slice) -> Tensor | None:
-    """Masked scores of one block, None where every key lies outside of every query's interval."""
+    """Masked scores of one block; None where the block lies wholly outside the mask."""
     if int(high.max()) < s.start or int(low.min()) >= s.stop:
         return None
     return (scale * q @ k.mT).masked_fill(~keep(low, high, s.start, s.stop), -torch.inf)
-
-
-def _floor(x: Tensor) -> float:
-    return torch.finfo(x.dtype).min  # finite, so that exp(floor - floor) is 1 and not NaN
-
-
-def _tiny(x: Tensor) -> float:
-    return torch.finfo(x.dtype).tiny
