@@ -2,9 +2,10 @@
 
     python benchmarks/bench_train.py --depths=4,6 --dtypes=float32,bfloat16 --csv=auto
 
-The shape is fixed so that figures compare: V = 4,096, pattern L, heads of 64 channels, rows of 512 tokens, 16 rows a
-step, width 64 a layer. The floor is FLOPs per token over the matrix rate that this machine reaches at these sizes,
-measured in the same process. Each configuration runs in a process of its own, so that the time to the first step is real.
+The shape is fixed so that figures compare: V = 4,096, pattern L, heads of 64 channels, rows of 512 tokens,
+16 rows a step, width 64 a layer. The floor is FLOPs per token over the matrix rate that this machine reaches
+at these sizes, measured in the same process. Each configuration runs in a process of its own, so that the
+time to the first step is real.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def measure(depth: int, dtype_name: str, steps: int) -> dict[str, float | int | 
 
     dtype = getattr(torch, dtype_name)
     plan = scaling.plan(
-        depth, aspect=ASPECT, head_dim=HEAD_DIM, sequence_len=SEQUENCE_LEN, vocab_size=VOCAB, window_pattern="L",
-        num_steps=100, batch_tokens=ROWS * SEQUENCE_LEN, device_batch=ROWS,
+        depth, aspect=ASPECT, head_dim=HEAD_DIM, sequence_len=SEQUENCE_LEN, vocab_size=VOCAB,
+        window_pattern="L", num_steps=100, batch_tokens=ROWS * SEQUENCE_LEN, device_batch=ROWS,
     )  # fmt: skip
     model = GPT(GPTConfig(**plan.config()), dtype)
     model.init_weights(1)
@@ -71,7 +72,9 @@ def measure(depth: int, dtype_name: str, steps: int) -> dict[str, float | int | 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--depths", default="4,6")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--steps", type=int, default=6)

@@ -16,6 +16,8 @@ BATCH_EXPONENT = 0.383
 MATRIX_LR = 0.02  # Muon's, as in nanochat.optim.groups (a test holds them equal)
 MOST_DECAY = 0.1  # of a weight in one step: the rule alone would exceed 1 in runs of a few steps
 DEFAULT_RATIO = 12.0  # training tokens per scaling parameter
+SHARD_TOKENS = 50_000_000  # of ClimbMix: 250M characters, 5 a token with a vocabulary of 32,768
+PEER_KEPT = 0.65  # share of the tokens that cutting and discarding leaves (docs/data.md: 33 % lost)
 
 
 @dataclass(frozen=True)
@@ -187,10 +189,16 @@ RUNS: dict[str, dict[str, Any]] = {
     "smoke": {"depth": 2, "aspect": 32, "head_dim": 32, "sequence_len": 128, "window_pattern": "L",
               "num_steps": 10, "batch_tokens": 1024, "device_batch": 4, "vocab_size": 512},
     "cpu-demo": {"depth": 4, "aspect": 32, "head_dim": 64, "sequence_len": 256, "window_pattern": "L",
-                 "num_steps": 700, "batch_tokens": 4096, "device_batch": 16, "vocab_size": 2048},
+                 "num_steps": 800, "batch_tokens": 4096, "device_batch": 16, "vocab_size": 2048},
     "single-gpu": {"depth": 12},
     "speedrun": {"depth": 24, "ratio": 8.0, "device_batch": 8},
 }  # fmt: skip
+
+
+def num_shards(horizon_tokens: int, packing: str = "carry") -> int:
+    """Shards of ClimbMix that hold a horizon once, and one to spare."""
+    used = SHARD_TOKENS * (PEER_KEPT if packing == "peer" else 1.0)
+    return math.ceil(horizon_tokens / used) + 1
 
 
 def memory_bytes(p: Plan, bytes_per_value: int = 2) -> dict[str, float]:

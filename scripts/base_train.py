@@ -6,11 +6,14 @@ torchrun --standalone --nproc_per_node=8 -m scripts.base_train --preset=speedrun
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from nanochat import config, errors, models, runtime, scaling
 from nanochat.config import setting
-from nanochat.data.loader import DocumentBatches, validation_batches
+from nanochat.data.loader import Batch, DocumentBatches, validation_batches
 from nanochat.data.sources import open_source
 from nanochat.eval.bpb import evaluate_bpb
 from nanochat.gpt import GPTConfig
@@ -58,11 +61,9 @@ class Settings:
     mirror: str | None = setting(None, "directory or URL that replaces the hub (default: NANOCHAT_MIRROR)")
 
 
-def _preset(name: str, **more: object) -> Settings:
-    shape = {
-        key: value for key, value in scaling.RUNS[name].items() if key != "vocab_size"
-    }  # the tokenizer's
-    return Settings(**shape, **more)  # type: ignore[arg-type]
+def _preset(name: str, **more: Any) -> Settings:
+    shape = {key: value for key, value in scaling.RUNS[name].items() if key != "vocab_size"}
+    return Settings(**shape, **more)
 
 
 HUB = "hub:karpathy/climbmix-400b-shuffle"
@@ -76,12 +77,8 @@ PRESETS = {
     "single-gpu": _preset("single-gpu", data=HUB),
     "speedrun": _preset("speedrun", data=HUB),
 }
-PROMPTS = (
-    "The capital of France is",
-    "Once upon a time",
-    "If yesterday was Friday, then tomorrow will be",
-    "The opposite of hot is",
-)
+PROMPTS = ("The capital of France is", "Once upon a time",
+           "If yesterday was Friday, then tomorrow will be", "The opposite of hot is")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -98,16 +95,20 @@ def train(cfg: Settings, rt: runtime.Runtime) -> None:
     tok = RustBPETokenizer.from_directory(home.tokenizer_dir)
     try:
         plan = scaling.plan(
-            cfg.depth, aspect=cfg.aspect, head_dim=cfg.head_dim, num_kv_heads=cfg.num_kv_heads, sequence_len=cfg.sequence_len,
-            vocab_size=tok.get_vocab_size(), window_pattern=cfg.window_pattern, ratio=cfg.ratio, target_flops=cfg.target_flops,
-            num_steps=cfg.num_steps, batch_tokens=cfg.batch_tokens, device_batch=cfg.device_batch, world_size=rt.world_size,
+            cfg.depth, aspect=cfg.aspect, head_dim=cfg.head_dim, num_kv_heads=cfg.num_kv_heads,
+            sequence_len=cfg.sequence_len, vocab_size=tok.get_vocab_size(), window_pattern=cfg.window_pattern,
+            ratio=cfg.ratio, target_flops=cfg.target_flops, num_steps=cfg.num_steps,
+            batch_tokens=cfg.batch_tokens, device_batch=cfg.device_batch, world_size=rt.world_size,
         )  # fmt: skip
         shape = GPTConfig(**plan.config())
     except ValueError as error:
-        raise errors.UserError(
-            str(error), "change that flag; python -m scripts.plan shows what follows"
-        ) from error
-    source = open_source(cfg.data, home=home, seed=cfg.seed, mirror=cfg.mirror, offline=cfg.offline)
+        hint = "change that flag; python -m scripts.plan shows what follows"
+        raise errors.UserError(str(error), hint) from error
+    whole_hub = cfg.data.split("@")[0] == HUB and cfg.data.count(":") == 1  # no pattern that chooses shards
+    num_shards = scaling.num_shards(plan.horizon_tokens, cfg.packing) if whole_hub else None
+    source = open_source(
+        cfg.data, home=home, seed=cfg.seed, num_shards=num_shards, mirror=cfg.mirror, offline=cfg.offline
+    )
     with open_stage("base", cfg, rt, {"tokenizer": tok.fingerprint(), "data": source.fingerprint()}) as stage:
         if stage.finished:
             rt.say(f"base: already finished, bits per byte {stage.finished.get('val_bpb')}")
@@ -119,23 +120,25 @@ def train(cfg: Settings, rt: runtime.Runtime) -> None:
             weight_decay=plan.weight_decay * cfg.decay_scale / cfg.lr_scale,
             lr_scale=cfg.lr_scale,
         )
-
-        rows = {"sequence_len": cfg.sequence_len, "device_batch": cfg.device_batch, "rt": rt}
-
-        def batches(cursor: dict | None) -> DocumentBatches:
-            return DocumentBatches(source, tok, cursor=cursor, policy=cfg.packing, **rows)  # type: ignore[arg-type]
+        T, B, N = cfg.sequence_len, cfg.device_batch, plan.num_steps
+        batches = partial(
+            DocumentBatches, source, tok, sequence_len=T, device_batch=B, rt=rt, policy=cfg.packing
+        )
 
         def schedule(step: int) -> Rates:
-            N = plan.num_steps
             lr = lr_factor(step, N, warmup=cfg.warmup, warmdown_frac=cfg.warmdown)
             return Rates(lr, muon_momentum(step, N, warmdown_frac=cfg.warmdown), weight_decay_factor(step, N))
 
-        num_rows = max(1, cfg.eval_tokens // cfg.sequence_len) if cfg.eval_every else 0
-        fixed = validation_batches(source, tok, num_rows=num_rows, **rows) if num_rows else []  # type: ignore[arg-type]
+        num_rows = max(1, cfg.eval_tokens // T) if cfg.eval_every else 0
+        fixed: Iterable[Batch] = ()
+        if num_rows:
+            fixed = validation_batches(source, tok, sequence_len=T, device_batch=B, rt=rt, num_rows=num_rows)
         run_stage(
-            stage, cfg, model, optimizer, batches, num_steps=plan.num_steps, accum=plan.accum, schedule=schedule,
+            stage, cfg, model, optimizer, lambda cursor: batches(cursor=cursor),
+            num_steps=N, accum=plan.accum, schedule=schedule,
             evaluate=evaluation("val_bpb", lambda: evaluate_bpb(model, fixed, tok.token_bytes(), rt), rt),
-            sample=samples(model, tok, PROMPTS, rt), recipe={"batch_tokens": plan.batch_tokens, "lr_scale": cfg.lr_scale}, flops_per_token=model.estimate_flops(),
+            sample=samples(model, tok, PROMPTS, rt), flops_per_token=model.estimate_flops(),
+            recipe={"batch_tokens": plan.batch_tokens, "lr_scale": cfg.lr_scale},
             result={"plan": plan.to_dict(), "params": model.num_scaling_params()},
         )  # fmt: skip
 

@@ -38,7 +38,7 @@ PRESETS = {name: replace(Settings(run=name), **values) for name, values in scali
 PRESETS["speedrun"] = replace(PRESETS["speedrun"], gpus=8)
 STORY = {
     "smoke": "a few steps on the embedded corpus, to see that everything works; nothing is learnt",
-    "cpu-demo": "offline, on the embedded corpus: base, mid-training and SFT on this CPU; about 0.2 GB of disk",
+    "cpu-demo": "offline, on the embedded corpus: base, mid-training, SFT on this CPU; about 0.2 GB of disk",
     "single-gpu": "ClimbMix from the hub, SmolTalk mixture; about 3 GB of disk for data",
     "speedrun": "ClimbMix from the hub (about 170 shards, 17 GB of disk), SmolTalk mixture",
 }
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     ]
     width = max(len(str(value)) for _, value, _ in lines[1:])
     for name, value, rule in lines:
-        print(f"{name:>13}  {str(value):<{width}}  {rule}")
+        print(f"{name:>13}  {value!s:<{width}}  {rule}")
 
 
 if __name__ == "__main__":

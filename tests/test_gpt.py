@@ -61,7 +61,7 @@ def test_fused_chains_equal_their_plain_forms() -> None:
     for ours, plain in pairs:
         torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-7)  # RoPE tables are made in fp32
         weight = torch.randn_like(plain)
-        inputs = [t for t in (x, x0, a, b)]
+        inputs = (x, x0, a, b)
         got = torch.autograd.grad((ours * weight).sum(), inputs, allow_unused=True)
         want = torch.autograd.grad((plain * weight).sum(), inputs, allow_unused=True)
         for g, w in zip(got, want, strict=True):
@@ -94,7 +94,7 @@ def test_parameters_follow_the_table(model: GPT) -> None:
     assert (
         "transformer.h.0.attn.ve_gate.weight" in state and "transformer.h.1.attn.ve_gate.weight" not in state
     )
-    assert set(k for k in state if k.startswith("value_embeds")) == {
+    assert {k for k in state if k.startswith("value_embeds")} == {
         "value_embeds.0.weight",
         "value_embeds.2.weight",
     }

@@ -52,7 +52,7 @@ def run(script: Any, home: Path, tag: str, *flags: str) -> None:
 
 
 def test_ten_golden_losses(home: Path) -> None:
-    """Recorded with one thread in fp32: a refactor that moves them is not one (python tests/golden/record.py)."""
+    """One thread, fp32: a refactor that moves them is not one (python tests/golden/record.py)."""
     run(base_train, home, "golden")
     found = [float.fromhex(loss) for loss in losses(home, "golden", "base")]
     assert found == pytest.approx(GOLDEN["smoke_base"], abs=1e-4)
@@ -185,8 +185,8 @@ def train(
 ) -> tuple[GPT, TrainState]:
     model, optimizer = fresh()
     state = fit(
-        model, Descent(model) if plain else optimizer, items, num_steps=steps, accum=accum, schedule=lambda k: Rates(1.0, 0.9),
-        rt=RT, state=TrainState(), hooks=more.pop("hooks", []), **more,
+        model, Descent(model) if plain else optimizer, items, num_steps=steps, accum=accum,
+        schedule=lambda k: Rates(1.0, 0.9), rt=RT, state=TrainState(), hooks=more.pop("hooks", []), **more,
     )  # fmt: skip
     return model, state
 
@@ -243,6 +243,8 @@ def test_gate_skips_spikes_once_its_window_is_full() -> None:
     assert "above its limit" in str(gate.judge(50.0, 1.0))
     assert "gradient norm" in str(gate.judge(2.0, 50.0))
     assert Gate.from_dict(gate.to_dict()) == gate
+    assert gate.judge(2.0, 50.0) is not None and gate.judge(2.0, 50.0) is None  # three spikes, then a new window
+    assert len(gate.norms) == 1
     with pytest.raises(UserError, match="in a row"):
         for _ in range(MAX_SKIPS):
             gate.judge(math.inf, 1.0)

@@ -1,4 +1,7 @@
-"""Record the golden losses anew, after a change of mathematics that CHANGELOG.md declares: python tests/golden/record.py"""
+"""Record the golden losses anew, after a change of mathematics that CHANGELOG.md declares.
+
+python tests/golden/record.py
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:
         home = Home(Path(root))
-        RustBPETokenizer.train_from_iterator((document(1, i) for i in range(400)), 512).save(home.tokenizer_dir)
+        tok = RustBPETokenizer.train_from_iterator((document(1, i) for i in range(400)), 512)
+        tok.save(home.tokenizer_dir)
         base_train.main(["--preset=smoke", f"--home={root}", "--device=cpu", "--dtype=float32"])
         rows = read_metrics(home.metrics_file("main", "base"))
     losses = [row["loss"] for row in rows if "loss" in row]
