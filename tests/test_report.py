@@ -51,14 +51,16 @@ def full(home: Path) -> Home:
     write_stage(
         where, "base",
         {"train_seconds": 3725.0, "steps": 600, "tokens": 4915200, "tokens_per_second": 12345.6,
-         "val_bpb": 0.9, "peak_memory_bytes": 1_500_000_000, "peak_frac": 0.31, "machine": machine, "plan": {"depth": 4}},
+         "val_bpb": 0.9, "peak_memory_bytes": 1_500_000_000, "peak_frac": 0.31, "machine": machine,
+         "plan": {"depth": 4}},
         losses(9),
     )  # fmt: skip
     core = {"accuracy": 0.5, "centred": -0.3158, "chance": 0.62, "total": 20, "num_long": 3}
     write_stage(
         where, "base_eval",
         {"val_bpb": 0.8765, "core": 0.0123, "core_tasks": {"boolq": core, "copa": core},
-         "core_note": "a note", "samples": [["The sky is", " *blue*\n# green"]], "seconds": 5.0, "machine": machine},
+         "core_note": "a note", "samples": [["The sky is", " *blue*\n# green"]],
+         "seconds": 5.0, "machine": machine},
     )  # fmt: skip
     write_stage(where, "mid", {"train_seconds": 60.0, "val_loss": 0.7}, losses(5))
     write_stage(
