@@ -37,7 +37,11 @@ class RustBPETokenizer:
     """Text to ids and back. Ordinary text never becomes a special id, whatever it spells."""
 
     def __init__(self, ranks: Ranks, pattern: str, specials: dict[str, int]) -> None:
+        if not {bytes([byte]) for byte in range(256)} <= (tokens := {token for token, _ in ranks}):
+            raise ValueError("ranks must hold all 256 single bytes")
         taken = {rank for _, rank in ranks}
+        if not len(tokens) == len(taken) == len(ranks):
+            raise ValueError("ranks must differ from each other")
         if len(set(specials.values()) - taken) != len(specials):
             raise ValueError(f"special ids must differ from each other and from the ranks, found {specials}")
         self._ranks = sorted(ranks, key=lambda pair: pair[1])
