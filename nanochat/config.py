@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import sys
 import types
 import typing
@@ -94,7 +95,10 @@ def _convert(kind: Any, text: str, flag: str) -> Any:
             ]
         if options[0] is int and "e" in text.lower() and float(text).is_integer():
             return int(float(text))
-        return options[0](text)
+        value = options[0](text)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError
+        return value
     except (ValueError, KeyError, OverflowError):
         raise UserError(f"--{flag} must be {_name(kind)}, found {text!r}", f"write --{flag}=VALUE") from None
 

@@ -51,8 +51,7 @@ class GPTConfig:
             )
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head must divide n_head, found {self.n_kv_head} and {self.n_head}")
-        if not self.window_pattern or set(self.window_pattern.upper()) - set("SL"):
-            raise ValueError(f"window_pattern must be made of S and L, found {self.window_pattern!r}")
+        windows(self.n_layer, self.sequence_len, self.window_pattern)  # refuses other letters
 
     @property
     def padded_vocab(self) -> int:

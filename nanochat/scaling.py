@@ -82,7 +82,12 @@ def count_params(depth: int, width: int, kv_dim: int, kv_heads: int, vocab: int)
 
 
 def windows(depth: int, sequence_len: int, pattern: str) -> list[int]:
-    """Keys to the left by layer: T for L, 128 * ceil(T / 512) for S; the last layer is always L."""
+    """Keys to the left by layer: T for L, 128 * ceil(T / 512) for S; the last layer is always L.
+
+    Raises ValueError for a pattern of other letters.
+    """
+    if not pattern or set(pattern.upper()) - set("SL"):
+        raise ValueError(f"window_pattern must be made of S and L, found {pattern!r}")
     short = min(128 * -(-sequence_len // 512), sequence_len)
     letters = [pattern.upper()[i % len(pattern)] for i in range(depth - 1)] + ["L"]
     return [sequence_len if letter == "L" else short for letter in letters]
@@ -124,15 +129,11 @@ def plan(
 
     Raises ValueError for sizes that cannot be, and for a batch that ranks * device_batch * T does not divide.
     """
-    if depth < 1 or aspect < 1 or head_dim < 2 or head_dim % 2:
-        raise ValueError(
-            f"depth and aspect must be at least 1 and head_dim even, found {depth}, {aspect}, {head_dim}"
-        )
-    if device_batch < 1 or sequence_len < 1 or world_size < 1:
-        raise ValueError(
-            "device_batch, sequence_len and world_size must be at least 1, "
-            f"found {device_batch}, {sequence_len}, {world_size}"
-        )
+    for name, value in list(locals().items()):
+        if isinstance(value, (int, float)) and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be above 0, found {value}")
+    if head_dim % 2:
+        raise ValueError(f"head_dim must be even, found {head_dim}")
     width, heads = shape(depth, aspect, head_dim)
     kv_heads = num_kv_heads or heads
     if heads % kv_heads:

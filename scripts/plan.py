@@ -39,8 +39,8 @@ PRESETS["speedrun"] = replace(PRESETS["speedrun"], gpus=8)
 STORY = {
     "smoke": "a few steps on the embedded corpus, to see that everything works; nothing is learnt",
     "cpu-demo": "offline, on the embedded corpus: base, mid-training, SFT on this CPU; about 0.2 GB of disk",
-    "single-gpu": "ClimbMix from the hub, SmolTalk mixture; about 3 GB of disk for data",
-    "speedrun": "ClimbMix from the hub (about 170 shards, 17 GB of disk), SmolTalk mixture",
+    "single-gpu": "ClimbMix from the hub, SmolTalk mixture",
+    "speedrun": "ClimbMix from the hub, SmolTalk mixture",
 }
 H100_BF16, CPU_RATE = 0.45 * 989e12, 6e10
 
@@ -86,6 +86,9 @@ def main(argv: list[str] | None = None) -> None:
         ),
         ("price", "your electricity" if on_cpu else f"${hours * cfg.gpus * cfg.price:,.0f}", "base training"),
     ]
+    if not on_cpu:
+        shards = scaling.num_shards(p.horizon_tokens)
+        lines.append(("shards", shards, f"of ClimbMix, read once: about {shards / 10:.0f} GB of disk"))
     width = max(len(str(value)) for _, value, _ in lines[1:])
     for name, value, rule in lines:
         print(f"{name:>13}  {value!s:<{width}}  {rule}")
