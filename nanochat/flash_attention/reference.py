@@ -97,6 +97,11 @@ class Tiled(torch.autograd.Function):
 naive, tiled = Naive.apply, Tiled.apply  # q_BHTE, k_BHSE, v_BHSE, low_BT, high_BT (, block)
 
 
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this tier cannot run, or None: it runs wherever torch does."""
+    return None
+
+
 def attend(
     q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, left: Limit, right: Limit, doc_start_BT: Docs = None
 ) -> Tensor:

@@ -25,6 +25,11 @@ MIN_DOCUMENT = (
 )
 
 
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this tier cannot run, or None: it runs wherever torch does."""
+    return None
+
+
 def attend(
     q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, left: Limit, right: Limit, doc_start_BT: Docs = None
 ) -> Tensor:

@@ -1,8 +1,8 @@
 """Which kernel attends: the first of TIERS that is here, fits the device and agrees with the reference on it.
 
-A tier is a module of this package with `attend` and `attend_cache` (as in sdpa.py); those for CUDA also have
-why_not(device, dtype) -> reason or None. One that this version lacks counts as missing, so a new kernel is a
-new file and no other change. A choice is made once per (device, dtype), and printed where there is a GPU.
+A tier is a module of this package with `why_not`, `attend` and `attend_cache`, as in sdpa.py. One that this
+version lacks counts as missing, so a new kernel is a new file and no other change. A choice is made once per
+(device, dtype), and printed where there is a GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from nanochat.errors import UserError
 
 TIERS = ("fa3", "fa4", "flex", "sdpa", "reference")  # fastest first
-CUDA_TIERS = ("fa3", "fa4", "flex")
+NEEDS_CUDA = ("fa3", "fa4", "flex")
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}  # fp32 may use TF32 products
 PROBE_B, PROBE_T, PROBE_H, PROBE_K, PROBE_E, PROBE_LEFT = 2, 40, 4, 2, 64, 9
 
@@ -47,7 +47,7 @@ def explain(device: torch.device, dtype: torch.dtype) -> str:
 @functools.cache
 def verdict(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """None if the tier runs and is right on this device, else the reason against it. Probed once."""
-    if name in CUDA_TIERS and device.type != "cuda":
+    if name in NEEDS_CUDA and device.type != "cuda":
         return "needs a CUDA GPU"
     try:
         tier = importlib.import_module(f"{__package__}.{name}")
@@ -55,7 +55,7 @@ def verdict(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         if error.name != f"{__package__}.{name}":
             raise
         return "not part of this version of nanochat"
-    if name in CUDA_TIERS and (reason := tier.why_not(device, dtype)) is not None:
+    if (reason := tier.why_not(device, dtype)) is not None:
         return str(reason)
     if name == "reference" or device.type == "meta":  # the yardstick itself; nothing to compare
         return None
