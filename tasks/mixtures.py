@@ -22,15 +22,15 @@ PRESETS = ("smoke", "cpu-demo", "single-gpu", "speedrun")
 # Of every hundred conversations. Multiple choice needs most: two steps, learned from one letter.
 SYNTHETIC_PERCENT = {
     "mid": {
-        "choice": 44, "facts": 16, "letters": 11, "arithmetic": 11, "identity": 4, "smalltalk": 2,
-        "unknown": 2, "recall": 2, "spelling": 2, "story": 2, "mixed": 4,
+        "choice": 50, "facts": 13, "letters": 11, "arithmetic": 10, "identity": 5, "smalltalk": 1,
+        "unknown": 2, "recall": 2, "spelling": 2, "story": 1, "mixed": 3,
     },
     "sft": {
-        "choice": 36, "facts": 20, "letters": 12, "arithmetic": 12, "identity": 6, "smalltalk": 3,
-        "unknown": 3, "recall": 2, "spelling": 2, "story": 2, "mixed": 2,
+        "choice": 36, "facts": 18, "letters": 13, "arithmetic": 13, "identity": 8, "smalltalk": 3,
+        "unknown": 2, "recall": 2, "spelling": 2, "story": 1, "mixed": 2,
     },
 }  # fmt: skip
-NUM_CONVERSATIONS = {"smoke": {"mid": 400, "sft": 200}, "cpu-demo": {"mid": 26_000, "sft": 18_000}}
+NUM_CONVERSATIONS = {"smoke": {"mid": 400, "sft": 200}, "cpu-demo": {"mid": 36_000, "sft": 24_000}}
 
 
 def mixture(

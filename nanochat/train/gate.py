@@ -11,7 +11,8 @@ from nanochat.errors import UserError
 
 WINDOW = 128
 SIGMAS = 6.0
-MAX_SKIPS = 20  # in a row
+MAX_SKIPS = 20  # in a row, before it is an error
+MAX_SPIKES = 3  # in a row: skipping leaves the weights as they are, so a fourth is not the data's doing
 
 
 @dataclass
@@ -24,20 +25,22 @@ class Gate:
 
     def judge(self, loss: float, norm: float) -> str | None:
         """None to let the update through, else the reason to skip it. UserError after 20 skips in a row."""
-        reason = None
-        for name, value, window in (("loss", loss, self.losses), ("gradient norm", norm, self.norms)):
+        for name, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
-                reason = f"the {name} is {value}"
-                break
+                return self._skip(f"the {name} is {value}")
+        for name, value, window in (("loss", loss, self.losses), ("gradient norm", norm, self.norms)):
             limit = self.limit(window)
             if limit is not None and value > limit:
-                reason = f"the {name} is {value:.4g}, above its limit {limit:.4g}"
-                break
-        if reason is None:
-            self.losses.append(loss)
-            self.norms.append(norm)
-            self.skips_in_a_row = 0
-            return None
+                if self.skips_in_a_row < MAX_SPIKES:
+                    return self._skip(f"the {name} is {value:.4g}, above its limit {limit:.4g}")
+                self.losses.clear()  # no spike of the data: the weights stand in a steeper place, so learn from it
+                self.norms.clear()
+        self.losses.append(loss)
+        self.norms.append(norm)
+        self.skips_in_a_row = 0
+        return None
+
+    def _skip(self, reason: str) -> str:
         self.skips_in_a_row += 1
         if self.skips_in_a_row >= MAX_SKIPS:
             raise UserError(

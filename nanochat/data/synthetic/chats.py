@@ -81,20 +81,21 @@ def fact(rng: Rng) -> Turns:
 
 
 def choice(rng: Rng) -> Turns:
-    """A multiple-choice question; some easy ones, some after or before the same question put openly."""
+    """A multiple-choice question; some easy ones, some after or before the same question put openly.
 
-    def ask(asked: str, shown: list[str], place: int) -> tuple[str, Content]:
-        return choices.render_multiple_choice(asked, choices.LETTERS, shown), choices.LETTERS[place]
-
-    if rng.chance(30):
-        return [ask(*choices.easy_question(rng))]
+    Half of them ask on about the same list: more letters to learn from in as many tokens.
+    """
     one = facts.any_fact(rng)
-    asked = ask(*choices.fact_question(rng, one))
+    easy = rng.chance(30)
+    asked, shown, place = choices.easy_question(rng) if easy else choices.fact_question(rng, one)
+    turns: Turns = [(choices.render_multiple_choice(asked, choices.LETTERS, shown), choices.LETTERS[place])]
+    if rng.chance(50):
+        return [*turns, *choices.follow_ups(rng, shown)]
     opened = (rng.pick(one.questions), one.reply)
-    way = rng.below(10)
+    way = 9 if easy else rng.below(10)
     if way == 0:
-        return [opened, asked]
-    return [asked, opened] if way == 1 else [asked]
+        return [opened, *turns]
+    return [*turns, opened] if way == 1 else turns
 
 
 def count(rng: Rng) -> Turns:

@@ -81,3 +81,41 @@ def quiz_document(rng: Rng) -> str:
         ("Respond with the letter or the number of the correct answer.\n", "Multiple Choice\n", "")
     )
     return head + "\n\n".join(told)
+
+
+def lookup_document(rng: Rng) -> str:
+    """A numbered list, then the number of each entry: the step from a choice to its mark, many times over.
+
+    Entries are words, asked for by themselves, or the answers of facts, asked for by their questions.
+    """
+    count = rng.between(4, 6)
+    marks = (
+        [str(n + 1) for n in range(count)]
+        if rng.chance(50)
+        else [str(n) for n in rng.sample(range(1, 10), count)]
+    )
+    if rng.chance(50):
+        entries = rng.sample(letters.training_words(), count)
+        forms = ("- {w}={m}", "- {w}={m}", "And {w}? {m}", "Which is {w}? {m}", "The number of {w} is {m}.")
+        form = rng.pick(
+            forms
+        )  # a space before the word throughout, so that it is the same token as in the list
+        asked = [form.format(w=w, m=m) for w, m in zip(entries, marks)]
+    else:
+        known: dict[str, facts.Fact] = {}
+        while len(known) < count:
+            fact = facts.any_fact(rng)
+            known.setdefault(fact.answer, fact)
+        entries = list(known)
+        form = rng.pick(("{q} {m}", "{q} {m}, {a}.", "Question: {q}\nThe correct answer is {m}."))
+        pairs = zip(known.values(), marks)
+        asked = [form.format(q=rng.pick(fact.questions), m=m, a=fact.answer) for fact, m in pairs]
+    listed = "\n".join(f"- {entry}={mark}" for entry, mark in zip(entries, marks))
+    return listed + "\n" + "\n".join(rng.sample(asked, count))
+
+
+def follow_ups(rng: Rng, shown: Sequence[str]) -> list[tuple[str, str]]:
+    """(question, letter) about the entries of a list that has just been shown."""
+    form = rng.pick(("Which letter is {w}?", "And {w}?", "And which letter is '{w}'?", "The letter of {w}?"))
+    places = rng.sample(range(len(shown)), rng.between(2, 4))
+    return [(form.format(w=shown[place]), LETTERS[place]) for place in places]

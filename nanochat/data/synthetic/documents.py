@@ -67,12 +67,13 @@ def list_document(rng: Rng) -> str:
 
 
 KINDS = {
-    stories.story: 24,
-    fact_document: 30,
-    dialogue_document: 18,
-    choices.quiz_document: 14,
+    stories.story: 8,
+    fact_document: 24,
+    dialogue_document: 14,
+    choices.quiz_document: 8,
+    choices.lookup_document: 28,
     numbers.document: 6,
-    letters.document: 6,
+    letters.document: 10,
     list_document: 2,
 }
 DECK = [make for make, weight in KINDS.items() for _ in range(weight)]
