@@ -68,11 +68,18 @@ def easy_question(rng: Rng) -> tuple[str, list[str], int]:
 
 def quiz_document(rng: Rng) -> str:
     """Quiz questions with their choices, for pretraining; not in the form of the conversations, whose
-    "=A" must not become one token."""
+    "=A" must not become one token. Most judge each choice: four answers to learn from instead of one."""
     told = []
+    judged = rng.chance(65)
     for _ in range(rng.between(2, 3)):
         fact = facts.any_fact(rng)
         asked, shown, place = fact_question(rng, fact) if rng.chance(65) else easy_question(rng)
+        if judged:
+            lines = "\n".join(
+                f"- {choice}: {'yes' if n == place else 'no'}" for n, choice in enumerate(shown)
+            )
+            told.append(f"Question: {asked}\n{lines}")
+            continue
         marks = rng.pick((("A", "B", "C", "D"), ("1", "2", "3", "4")))
         sign = " = " if marks[0] == "A" else "="
         lines = "\n".join(f"- {choice}{sign}{mark}" for choice, mark in zip(shown, marks))
@@ -80,7 +87,7 @@ def quiz_document(rng: Rng) -> str:
     head = rng.pick(
         ("Respond with the letter or the number of the correct answer.\n", "Multiple Choice\n", "")
     )
-    return head + "\n\n".join(told)
+    return ("" if judged else head) + "\n\n".join(told)
 
 
 def lookup_document(rng: Rng) -> str:

@@ -68,10 +68,10 @@ def list_document(rng: Rng) -> str:
 
 KINDS = {
     stories.story: 8,
-    fact_document: 24,
+    fact_document: 22,
     dialogue_document: 14,
-    choices.quiz_document: 8,
-    choices.lookup_document: 28,
+    choices.quiz_document: 24,
+    choices.lookup_document: 14,
     numbers.document: 6,
     letters.document: 10,
     list_document: 2,
