@@ -33,7 +33,7 @@ class Gate:
             if limit is not None and value > limit:
                 if self.skips_in_a_row < MAX_SPIKES:
                     return self._skip(f"the {name} is {value:.4g}, above its limit {limit:.4g}")
-                self.losses.clear()  # no spike of the data: the weights stand in a steeper place, so learn from it
+                self.losses.clear()  # not the data: the weights stand in a steeper place
                 self.norms.clear()
         self.losses.append(loss)
         self.norms.append(norm)
