@@ -21,6 +21,7 @@ def evaluation(key: str, compute: Callable[[], float], rt: Runtime) -> Hook:
         seconds = time.perf_counter() - start
         if math.isfinite(value) and (state.best is None or value < state.best):
             state.best = value
+        state.value = value
         state.metrics.write(step=state.step, eval_seconds=round(seconds, 3), **{key: value})
         rt.say(f"step {state.step}: {key} {value:.5f} ({seconds:.1f} s)")
 

@@ -53,6 +53,7 @@ class TrainState:
     # of this step only
     loss: float = float("nan")
     grad_norm: float = float("nan")
+    value: float = float("nan")  # of the newest evaluation
     rates: Rates | None = None
     step_seconds: float = 0.0
     step_tokens: int = 0

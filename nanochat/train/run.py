@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from nanochat import hardware
+from nanochat import checkpoint, hardware
 from nanochat.errors import INTERRUPTED_CODE, Interrupted
 from nanochat.paths import write_json
 from nanochat.train.log import Metrics, TrainLog, open_wandb
@@ -65,15 +66,26 @@ def run_stage(
         resumed_from=resumed_from,
         meta={"model": vars(model.config), "recipe": recipe},
     )
+
+    def validate(state: TrainState) -> None:
+        """Evaluate; a step that was saved and is the best so far is marked, and kept from then on."""
+        evaluate(state)
+        value, root = state.value, stage.checkpoints
+        if rt.is_main and math.isfinite(value) and state.step in checkpoint.list_steps(root):
+            try:
+                checkpoint.mark_best(root, state.step, value)
+            except checkpoint.SaveFailed as error:
+                rt.say(f"warning: {error}")
+
     due = resumed_from is not None and cfg.eval_every > 0 and state.step % cfg.eval_every == 0
     state.num_steps = num_steps
     if rt.any(due and rt.is_main and not state.metrics.evaluated(state.step)):
-        evaluate(state)
+        validate(state)
     rows = batches(state.cursor)
     try:
         fit(
             model, optimizer, rows, num_steps=num_steps, accum=accum, schedule=schedule, rt=rt, state=state,
-            hooks=[log, saver, every(cfg.eval_every, evaluate), every(cfg.sample_every, sample)],
+            hooks=[log, saver, every(cfg.eval_every, validate), every(cfg.sample_every, sample)],
             allow_empty=allow_empty,
         )  # fmt: skip
     except Interrupted:
