@@ -79,7 +79,7 @@ PRESETS = {
         save_every=100,
         lr_scale=5.0,
         decay_scale=0.3,
-    ),
+    ),  # fmt: skip
     "single-gpu": _preset("single-gpu", data=HUB),
     "speedrun": _preset("speedrun", data=HUB),
 }
