@@ -66,20 +66,13 @@ def _preset(name: str, **more: Any) -> Settings:
     return Settings(**shape, **more)
 
 
+FAST = {"lr_scale": 5.0, "decay_scale": 0.3}  # for runs of hundreds of steps: docs/decisions.md 18
 HUB = "hub:karpathy/climbmix-400b-shuffle"
 PRESETS = {
     "smoke": _preset(
         "smoke", lr_scale=4.0, eval_every=5, eval_tokens=4096, save_every=5, warmup=2, sample_every=10
     ),
-    "cpu-demo": _preset(
-        "cpu-demo",
-        eval_every=100,
-        eval_tokens=65536,
-        sample_every=0,
-        save_every=100,
-        lr_scale=5.0,
-        decay_scale=0.3,
-    ),  # fmt: skip
+    "cpu-demo": _preset("cpu-demo", eval_every=100, eval_tokens=65536, save_every=100, **FAST),
     "single-gpu": _preset("single-gpu", data=HUB),
     "speedrun": _preset("speedrun", data=HUB),
 }
