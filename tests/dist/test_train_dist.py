@@ -1,0 +1,107 @@
+"""Base training under torchrun: two gloo ranks equal one process, one rank continues what two began."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanochat.data.synthetic import document
+from nanochat.paths import Home
+from nanochat.tokenizer import RustBPETokenizer
+from nanochat.train.log import read_metrics
+from scripts import base_train
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = str(ROOT / "scripts" / "base_train.py")
+ENV = os.environ | {"PYTHONPATH": str(ROOT)}
+FLAGS = ["--preset=smoke", "--device=cpu", "--dtype=float32", "--sample-every=0"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("ranks")
+    tok = RustBPETokenizer.train_from_iterator((document(1, i) for i in range(200)), 512)
+    tok.save(Home(root).tokenizer_dir)
+    return root
+
+
+def rows(root: Path, tag: str) -> list[dict]:
+    return read_metrics(Home(root).metrics_file(tag, "base"))
+
+
+def losses(root: Path, tag: str) -> list[float]:
+    return [row["loss"] for row in rows(root, tag) if "loss" in row]
+
+
+def torchrun(root: Path, tag: str, *flags: str) -> str:
+    """What two ranks print."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT]
+    done = subprocess.run(
+        [*command, *FLAGS, f"--home={root}", f"--tag={tag}", *flags],
+        cwd=root, env=ENV, capture_output=True, text=True, timeout=250,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_ranks_equal_one_and_one_continues_them(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Twice the accumulation on one rank: the same rows, so the same losses, gradients and validation."""
+    said = torchrun(root, "two")
+    assert said.count("base: finished 10 steps") == 1, "rank 0 alone speaks"
+    base_train.main([*FLAGS, f"--home={root}", "--tag=one"])
+    two, one = losses(root, "two"), losses(root, "one")
+    assert len(two) == 10 and two == pytest.approx(one, rel=1e-5)
+    norms = [[row["grad_norm"] for row in rows(root, tag) if "loss" in row] for tag in ("two", "one")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    bits = [[row["val_bpb"] for row in rows(root, tag) if "val_bpb" in row] for tag in ("two", "one")]
+    assert len(bits[0]) == 2 and bits[0] == pytest.approx(bits[1], rel=1e-5)
+    plans = [json.loads(Home(root).result_file(tag, "base").read_text())["plan"] for tag in ("two", "one")]
+    assert [(p["world_size"], p["accum"], p["batch_tokens"]) for p in plans] == [(2, 1, 1024), (1, 2, 1024)]
+
+    Home(root).result_file("two", "base").unlink()  # as if the run had been stopped; step 5 is of two ranks
+    base_train.main([*FLAGS, f"--home={root}", "--tag=two", "--resume=5"])
+    assert "continuing from step 5" in capsys.readouterr().out
+    continued = losses(root, "two")
+    assert continued[:5] == two[:5] and continued == pytest.approx(two, rel=1e-5)
+
+
+@pytest.mark.parametrize("form", [[SCRIPT], ["-m", "scripts.base_train"]], ids=["file", "module"])
+def test_both_forms_of_the_command(form: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, *form, "--help"], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == 0 and not done.stderr and "--device-batch" in done.stdout
+
+
+def test_a_batch_that_the_ranks_do_not_divide(root: Path) -> None:
+    """Both ranks end with exit code 2 and name batches that work; on one rank this batch does."""
+    flags = [*FLAGS, f"--home={root}", "--tag=odd", "--batch-tokens=1536", "--num-steps=1"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, *flags],
+            env=ENV | where | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE, text=True, cwd=root,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in ranks:
+        _, said = process.communicate(timeout=250)
+        assert process.returncode == 2, said
+        problem, hint = said.splitlines()[-2:]
+        assert problem == (
+            "error: the batch must be a multiple of ranks * device batch * T = 1024 tokens, found 1536; "
+            "1024 and 2048 work"
+        )
+        assert hint.startswith("  hint: ")
+    base_train.main(flags)
+    assert len(losses(root, "odd")) == 1
