@@ -80,6 +80,11 @@ class Linear(nn.Linear):
         """Left to GPT.init_weights."""
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """Left to GPT.init_weights; torch's own, on meta, imports its compiler for a second."""
+
+
 class Attention(nn.Module):
     """Causal attention with grouped key/value heads, RoPE, QK-norm and gated value embeddings."""
 
@@ -144,10 +149,10 @@ class GPT(nn.Module):
         V, D, L = config.padded_vocab, config.n_embd, config.n_layer
         kv_dim = config.n_kv_head * (D // config.n_head)
         self.transformer = nn.ModuleDict(
-            {"wte": nn.Embedding(V, D), "h": nn.ModuleList([Block(config, i) for i in range(L)])}
+            {"wte": Embedding(V, D), "h": nn.ModuleList([Block(config, i) for i in range(L)])}
         )
         self.value_embeds = nn.ModuleDict(
-            {str(i): nn.Embedding(V, kv_dim) for i in range(L) if config.has_value_embedding(i)}
+            {str(i): Embedding(V, kv_dim) for i in range(L) if config.has_value_embedding(i)}
         )
         self.lm_head = Linear(D, V)
         self.resid_lambdas = nn.Parameter(torch.empty(L))
@@ -234,10 +239,8 @@ class GPT(nn.Module):
         rope = rope_tables(positions_BT, cfg.n_embd // cfg.n_head, dtype)
         for i, (block, window) in enumerate(zip(self.blocks, cfg.windows, strict=True)):
             x_BTD = mix(x_BTD, x0_BTD, self.resid_lambdas[i], self.x0_lambdas[i])
-            ve_BTC = None
-            if cfg.has_value_embedding(i):
-                table = cast(nn.Embedding, self.value_embeds[str(i)])
-                ve_BTC = F.embedding(ids_BT, table.weight).to(dtype)
+            table = cast(nn.Embedding, self.value_embeds[str(i)]) if cfg.has_value_embedding(i) else None
+            ve_BTC = None if table is None else F.embedding(ids_BT, table.weight).to(dtype)
             x_BTD = x_BTD + block.attn(norm(x_BTD), ve_BTC, rope, attend, window)
             x_BTD = x_BTD + block.mlp(norm(x_BTD))
             if i == cfg.n_layer // 2:

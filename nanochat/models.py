@@ -18,9 +18,8 @@ CHAT_STAGES = ("rl", "sft", "mid", "base")  # the most trained first
 
 def build(config: GPTConfig, rt: Runtime, seed: int | None = None) -> GPT:
     """A model on the runtime's device, with fresh weights if a seed is given, else uninitialised."""
-    with torch.device("meta"):
+    with rt.device:
         model = GPT(config, rt.dtype)
-    model.to_empty(device=rt.device)
     if seed is not None:
         model.init_weights(seed)
     return model
