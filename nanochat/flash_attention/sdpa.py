@@ -10,9 +10,13 @@ Letters: B rows, T queries, S keys, H query heads, K key/value heads, E head siz
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nanochat.flash_attention.cache import Cache
 from nanochat.flash_attention.intervals import Docs, Limit, intervals, keep
@@ -43,14 +47,14 @@ def attend(
             k_BSKE, v_BSKE, num_keys = k_BSKE[:, unseen:], v_BSKE[:, unseen:], num_keys - unseen
         is_causal = _causal_flag(num_queries, num_keys, num_keys - num_queries, left, right)
         if is_causal is not None:
-            return _call(q_BTHE, k_BSKE, v_BSKE, is_causal=is_causal)
+            return _call(q_BTHE, k_BSKE, v_BSKE, is_causal)
     elif right == 0 and q_BTHE.device.type == "cpu" and not torch.compiler.is_compiling():
         lengths = _document_lengths(doc_start_BT)
         if lengths is not None:
             parts = zip(*(x.flatten(0, 1).split(lengths) for x in (q_BTHE, k_BSKE, v_BSKE)))
             outputs = [attend(q[None], k[None], v[None], left, right)[0] for q, k, v in parts]
             return torch.cat(outputs).view_as(q_BTHE)
-    return _chunks(q_BTHE, k_BSKE, v_BSKE, left, right, doc_start_BT)
+    return Chunked.apply(q_BTHE, k_BSKE, v_BSKE, left, right, doc_start_BT)
 
 
 def attend_cache(q_BTHE: Tensor, cache: Cache, left: Limit, right: Limit) -> Tensor:
@@ -76,33 +80,59 @@ def attend_ragged(
     return torch.cat([_call(q, k_BSKE, v_BSKE, keep(lo, hi, 0, k_BSKE.shape[1])) for q, lo, hi in chunks], 1)
 
 
+class Chunked(torch.autograd.Function):
+    """Chunks of queries, each over a slice of the keys. Keeps q, k, v and y; dk and dv are added up in place.
+
+    Autograd by itself would keep a copy of the keys for each chunk, or write gradients as long as all of k.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, left: int, right: int, doc_start_BT: Docs
+    ) -> Tensor:
+        y, logsums = torch.empty_like(q), []
+        for queries, keys, mask in _chunks(q, k, left, right, doc_start_BT):
+            y[:, queries], logsum = _forward(q[:, queries], k[:, keys], v[:, keys], mask)
+            logsums.append(logsum)
+        ctx.save_for_backward(q, k, v, y, doc_start_BT, *logsums)
+        ctx.limits = left, right
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, y, doc_start_BT, *logsums = ctx.saved_tensors
+        left, right = ctx.limits
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (queries, keys, mask), logsum in zip(_chunks(q, k, left, right, doc_start_BT), logsums):
+            chunk = dy[:, queries], q[:, queries], k[:, keys], v[:, keys], y[:, queries]
+            dq[:, queries], dk_chunk, dv_chunk = _backward(*chunk, logsum, mask)
+            dk[:, keys] += dk_chunk
+            dv[:, keys] += dv_chunk
+            del dk_chunk, dv_chunk  # before the next chunk's are made
+        return dq, dk, dv, None, None, None
+
+
 def _chunks(
-    q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, left: int, right: int, doc_start_BT: Docs
-) -> Tensor:
-    num_queries, num_keys, device = q_BTHE.shape[1], k_BSKE.shape[1], q_BTHE.device
-    chunk, past = min(CHUNK, num_queries), num_keys - num_queries
-    # The gradients of split and cat are views and one copy; a slice of k would get one as long as all of k.
-    k_blocks, v_blocks = k_BSKE.split(chunk, 1), v_BSKE.split(chunk, 1)
-    outputs: list[Tensor] = []
+    q: Tensor, k: Tensor, left: int, right: int, doc_start_BT: Docs
+) -> Iterator[tuple[slice, slice, Tensor | bool]]:
+    """(queries, their keys, mask or is_causal) of each chunk."""
+    num_queries, num_keys = q.shape[1], k.shape[1]
     bands: dict[tuple[int, int, int], Tensor] = {}
-    for start, q in zip(range(0, num_queries, chunk), q_BTHE.split(chunk, 1)):
-        first, size = past + start, q.shape[1]  # these queries stand at positions first .. first + size - 1
-        blocks = slice(max(0, first - left) // chunk, -(-min(num_keys, first + size + right) // chunk))
-        lo, hi = blocks.start * chunk, min(num_keys, blocks.stop * chunk)
-        k, v = torch.cat(k_blocks[blocks], 1), torch.cat(v_blocks[blocks], 1)
-        shape = size, hi - lo, first - lo
-        is_causal = _causal_flag(*shape, left, right)
-        if doc_start_BT is None and is_causal is not None:
-            outputs.append(_call(q, k, v, is_causal=is_causal))
-            continue
-        if shape not in bands:  # all full chunks share one
-            bands[shape] = _band(*shape, left, right, device)
-        mask = bands[shape]
+    for start in range(0, num_queries, CHUNK):
+        stop = min(start + CHUNK, num_queries)
+        first = num_keys - num_queries + start  # position of the first query
+        lo, hi = max(0, first - left), min(num_keys, first + stop - start + right)
+        shape = stop - start, hi - lo, first - lo
+        mask: Tensor | bool | None = _causal_flag(*shape, left, right)
+        if mask is None or doc_start_BT is not None:
+            if shape not in bands:  # all full chunks share one
+                bands[shape] = _band(*shape, left, right, q.device)
+            mask = bands[shape]
         if doc_start_BT is not None:
-            seen_from = doc_start_BT[:, None, start : start + size, None]
-            mask = mask & (torch.arange(lo, hi, device=device) >= seen_from)
-        outputs.append(_call(q, k, v, mask))
-    return torch.cat(outputs, 1)
+            keys_S = torch.arange(lo, hi, device=q.device)
+            mask = mask & (keys_S >= doc_start_BT[:, None, start:stop, None])
+        yield slice(start, stop), slice(lo, hi), mask
 
 
 def _document_lengths(doc_start_BT: Tensor) -> list[int] | None:
@@ -132,17 +162,49 @@ def _band(num_queries: int, num_keys: int, past: int, left: int, right: int, dev
     return (back <= left) & (back >= -right)
 
 
-def _call(
-    q_BTHE: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False
-) -> Tensor:
-    """One SDPA call on transposed views; the fused kernels read strides, so nothing is copied."""
-    groups = q_BTHE.shape[2] // k.shape[2]
-    device, is_half = q_BTHE.device.type, q_BTHE.dtype in (torch.bfloat16, torch.float16)
+def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | bool) -> tuple[Tensor, Tensor | None]:
+    """One chunk's output and, on a CPU, what its backward kernel needs."""
+    if q.device.type != "cpu":
+        return _call(q, k, v, mask), None
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    is_causal, bias = _cpu_mask(mask, q.dtype)
+    y, logsum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, is_causal, attn_mask=bias
+    )
+    return y.transpose(1, 2), logsum
+
+
+def _backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, logsum: Tensor | None, mask: Tensor | bool
+) -> Sequence[Tensor]:
+    """One chunk's dq, dk, dv: the CPU kernel's own backward; elsewhere the chunk is computed again."""
+    if logsum is None:
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        with torch.enable_grad():
+            return torch.autograd.grad(_call(q, k, v, mask), (q, k, v), dy)
+    dy, q, k, v, y = (x.transpose(1, 2) for x in (dy, q, k, v, y))
+    is_causal, bias = _cpu_mask(mask, q.dtype)
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    grads = backward(dy, q, k, v, y, logsum, 0.0, is_causal, attn_mask=bias)
+    return [x.transpose(1, 2) for x in grads]
+
+
+def _cpu_mask(mask: Tensor | bool, dtype: torch.dtype) -> tuple[bool, Tensor | None]:
+    """(is_causal, additive mask) as the CPU kernel wants them."""
+    if isinstance(mask, bool):
+        return mask, None
+    return False, torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | bool) -> Tensor:
+    """One SDPA call with a mask or is_causal; its fused kernels read strides, so nothing is copied."""
+    groups = q.shape[2] // k.shape[2]
+    is_half, bias = q.dtype in (torch.bfloat16, torch.float16), None if isinstance(mask, bool) else mask
     # The CPU kernel and CUDA's flash kernel share k and v among query heads; the others need them repeated.
-    shares_heads = device == "cpu" or (device == "cuda" and mask is None and is_half)
+    shares_heads = q.device.type == "cpu" or (q.device.type == "cuda" and bias is None and is_half)
     if groups > 1 and not shares_heads:
         k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     enable_gqa = groups > 1 and shares_heads
-    y_BHTE = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=enable_gqa)
-    return y_BHTE.transpose(1, 2)
+    y = F.scaled_dot_product_attention(q, k, v, bias, is_causal=mask is True, enable_gqa=enable_gqa)
+    return y.transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Every attention kernel on the GPU that is here, against plain attention in fp64; skipped with its reason."""
+"""Every attention kernel on the GPU that is here, against plain attention in fp64; or why it is not."""
 
 from __future__ import annotations
 
