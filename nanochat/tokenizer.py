@@ -10,6 +10,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -126,6 +127,10 @@ class RustBPETokenizer:
 
     def fingerprint(self) -> str:
         """sha256 (hex) of all that decides about ids: ranks, pattern, special tokens."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(self._as_json(), sort_keys=True).encode()).hexdigest()
 
     # The vocabulary.

@@ -8,6 +8,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -130,6 +131,33 @@ def test_missing_tokenizer_and_parent_are_explained(home: Path, tmp_path: Path) 
         run(base_train, home, "odd", "--batch-tokens=1000")
 
 
+@pytest.mark.parametrize(
+    ("flags", "shards"),
+    [
+        (f"--data={base_train.HUB}", 28),  # 1.3G tokens
+        (f"--data={base_train.HUB} --packing=peer", 42),
+        (f"--data={base_train.HUB}@{'0' * 40} --num-steps=100 --batch-tokens=524288", 3),
+        (f"--data={base_train.HUB}:shard_0000*.parquet", None),
+        ("--data=hub:owner/other", None),
+        ("--data=synthetic", None),
+    ],
+)
+def test_the_hub_is_asked_for_what_the_horizon_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, shards: int | None
+) -> None:
+    """With a vocabulary of 32,768 in place of the tokenizer's."""
+
+    def stop(uri: str, **options: Any) -> None:
+        raise UserError(uri, str(options["num_shards"]))
+
+    tok = SimpleNamespace(get_vocab_size=lambda: 32768)
+    monkeypatch.setattr(base_train.RustBPETokenizer, "from_directory", lambda directory: tok)
+    monkeypatch.setattr(base_train, "open_source", stop)
+    with pytest.raises(UserError) as caught:
+        base_train.main([*flags.split(), f"--home={tmp_path}", "--device=cpu", "--dtype=float32"])
+    assert caught.value.hint == str(shards)
+
+
 # ---------------------------------------------------------------- fit on its own
 
 SMALL = GPTConfig(
@@ -243,7 +271,9 @@ def test_gate_skips_spikes_once_its_window_is_full() -> None:
     assert "above its limit" in str(gate.judge(50.0, 1.0))
     assert "gradient norm" in str(gate.judge(2.0, 50.0))
     assert Gate.from_dict(gate.to_dict()) == gate
-    assert gate.judge(2.0, 50.0) is not None and gate.judge(2.0, 50.0) is None  # three spikes, then a new window
+    assert (
+        gate.judge(2.0, 50.0) is not None and gate.judge(2.0, 50.0) is None
+    )  # three spikes, then a new window
     assert len(gate.norms) == 1
     with pytest.raises(UserError, match="in a row"):
         for _ in range(MAX_SKIPS):
