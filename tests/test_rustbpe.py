@@ -161,6 +161,7 @@ MERGING = "iter([''.join(random.Random(1).choices('abcdefghijklmnopqrstuvwxyz', 
 def test_control_c_is_heard(work: str) -> None:
     code = f"""
 import itertools, random, threading, os, signal, time, rustbpe
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
 texts = {work}
 def press():
     time.sleep(0.7)
