@@ -21,12 +21,8 @@ from torch.autograd.function import once_differentiable
 from nanochat.flash_attention.cache import Cache
 from nanochat.flash_attention.intervals import Docs, Limit, intervals, keep
 
-CHUNK = (
-    128  # queries; bench_attention.py --chunks: 128 is the fastest or within noise of it, 64 and 384 are not
-)
-MIN_DOCUMENT = (
-    8  # mean tokens a document from which a call per document is cheaper than masks (CPU, measured)
-)
+CHUNK = 192  # queries; torch's CPU kernel takes 64 at a time from 192 on, fewer below (bench: --only=chunks)
+MIN_DOCUMENT = 8  # mean tokens from which a call per document is cheaper than masks (CPU, measured)
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
