@@ -3,7 +3,8 @@
     <|bos|> <|user_start|> text <|user_end|> <|assistant_start|> parts <|assistant_end|> <|user_start|> ...
 
 What the assistant writes has mask 1 (text, python calls, the tokens that end them); what it is given has
-mask 0 (the user, tool outputs, assistant_start). Text is always encoded as ordinary text, so a special
+mask 0 (the user, tool outputs, assistant_start, and the "given" parts of its own message: words put into its
+mouth that it need not learn). Text is always encoded as ordinary text, so a special
 string typed by a person stays text.
 """
 
@@ -25,6 +26,7 @@ SPECIAL_TOKENS += [PYTHON_START, PYTHON_END, OUTPUT_START, OUTPUT_END]
 # Part of an assistant message -> (its first token, its last token, the mask of all of it).
 _PARTS = {
     "text": ("", "", 1),
+    "given": ("", "", 0),
     "python": (PYTHON_START, PYTHON_END, 1),
     "python_output": (OUTPUT_START, OUTPUT_END, 0),
 }
@@ -41,7 +43,7 @@ class _Tokenizer(Protocol):
 
 def text_of(content: str | list[dict[str, str]]) -> str:
     """The text of a message: the string itself, or its text parts joined (code and outputs left out)."""
-    return "".join(part["text"] for part in parts_of(content) if part["type"] == "text")
+    return "".join(part["text"] for part in parts_of(content) if part["type"] in ("text", "given"))
 
 
 def parts_of(content: Any) -> list[dict[str, str]]:

@@ -355,7 +355,7 @@ class GPT(nn.Module):
     def setup_optimizer(
         self, *, batch_tokens: int = 2**19, weight_decay: float = 0.28, lr_scale: float = 1.0, **rates: float
     ) -> Any:
-        """MuonAdamW by the rules of nanochat.optim.groups; `lr_scale` multiplies every rate."""
+        """MuonAdamW by the rules of nanochat.optim.groups; `lr_scale` multiplies the rates that follow the batch."""
         from nanochat.optim import MuonAdamW
         from nanochat.optim.groups import param_groups
 
@@ -366,11 +366,9 @@ class GPT(nn.Module):
             batch_tokens=batch_tokens,
             weight_decay=weight_decay,
             ns_dtype=ns_dtype,
+            lr_scale=lr_scale,
             **rates,
         )
-        for group in groups:
-            group["lr"] *= lr_scale
-            group["initial_lr"] = group["lr"]
         return MuonAdamW(groups)
 
     @torch.inference_mode()

@@ -189,8 +189,8 @@ def plan(
 RUNS: dict[str, dict[str, Any]] = {
     "smoke": {"depth": 2, "aspect": 32, "head_dim": 32, "sequence_len": 128, "window_pattern": "L",
               "num_steps": 10, "batch_tokens": 1024, "device_batch": 4, "vocab_size": 512},
-    "cpu-demo": {"depth": 4, "aspect": 32, "head_dim": 64, "sequence_len": 256, "window_pattern": "L",
-                 "num_steps": 800, "batch_tokens": 4096, "device_batch": 16, "vocab_size": 4096},
+    "cpu-demo": {"depth": 4, "aspect": 32, "head_dim": 32, "sequence_len": 256, "window_pattern": "L",
+                 "num_steps": 1500, "batch_tokens": 2048, "device_batch": 8, "vocab_size": 4096},
     "single-gpu": {"depth": 12},
     "speedrun": {"depth": 24, "ratio": 8.0, "device_batch": 8},
 }  # fmt: skip

@@ -14,16 +14,17 @@ from typing import Any
 from nanochat import config, errors, models, runtime, scaling
 from nanochat.config import setting
 from nanochat.data.loader import Batch, DocumentBatches, validation_batches
+from nanochat.data.primer import Primed
 from nanochat.data.sources import open_source
 from nanochat.eval.bpb import evaluate_bpb
 from nanochat.gpt import GPTConfig
-from nanochat.optim.schedule import lr_factor, muon_momentum, weight_decay_factor
 from nanochat.paths import Home
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.hooks import evaluation, samples
-from nanochat.train.loop import Rates
+from nanochat.train.loop import pretraining_rates
 from nanochat.train.run import run_stage
 from nanochat.train.stage import open_stage
+from tasks.mixtures import primer
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,12 @@ class Settings:
     num_steps: int | None = setting(None, "horizon by optimizer steps instead of the ratio")
     batch_tokens: int | None = setting(None, "tokens per optimizer step (default: from the plan)")
     device_batch: int = setting(32, "rows per forward pass on one device")
-    lr_scale: float = setting(1.0, "factor on every learning rate")
+    lr_scale: float = setting(1.0, "factor on the learning rates that follow the batch")
+    smear_lr: float = setting(0.2, "learning rate of the scalars of smear and backout")
     decay_scale: float = setting(1.0, "factor on the planned weight decay")
     warmup: int = setting(40, "warm-up steps")
     warmdown: float = setting(0.65, "share of the steps in the linear warm-down")
+    primer: str | None = setting(None, "lists to look things up in before the documents: smoke or cpu-demo")
     packing: str = setting("carry", "carry (split and carry) or peer (cut and discard)")
     device: str | None = setting(None, "cpu, cuda or mps (default: what there is)")
     dtype: str | None = setting(None, "float32, bfloat16 or float16 (default: bfloat16 where fast)")
@@ -66,13 +69,13 @@ def _preset(name: str, **more: Any) -> Settings:
     return Settings(**shape, **more)
 
 
-FAST = {"lr_scale": 5.0, "decay_scale": 0.3}  # for runs of hundreds of steps: docs/decisions.md 18
+FAST = {"lr_scale": 7.0, "decay_scale": 0.3, "smear_lr": 0.03, "primer": "cpu-demo"}  # for runs of hundreds of steps: docs/decisions.md 18
 HUB = "hub:karpathy/climbmix-400b-shuffle"
 PRESETS = {
     "smoke": _preset(
-        "smoke", lr_scale=4.0, eval_every=5, eval_tokens=4096, save_every=5, warmup=2, sample_every=10
+        "smoke", lr_scale=4.0, primer="smoke", eval_every=5, eval_tokens=4096, save_every=5, warmup=2, sample_every=10
     ),
-    "cpu-demo": _preset("cpu-demo", eval_every=100, eval_tokens=65536, save_every=100, **FAST),
+    "cpu-demo": _preset("cpu-demo", eval_every=250, eval_tokens=65536, save_every=250, **FAST),
     "single-gpu": _preset("single-gpu", data=HUB),
     "speedrun": _preset("speedrun", data=HUB),
 }
@@ -108,6 +111,7 @@ def train(cfg: Settings, rt: runtime.Runtime) -> None:
     source = open_source(
         cfg.data, home=home, seed=cfg.seed, num_shards=num_shards, mirror=cfg.mirror, offline=cfg.offline
     )
+    lessons = primer(cfg.primer, cfg.seed) if cfg.primer else None
     with open_stage("base", cfg, rt, {"tokenizer": tok.fingerprint(), "data": source.fingerprint()}) as stage:
         if stage.finished:
             rt.say(f"base: already finished, bits per byte {stage.finished.get('val_bpb')}")
@@ -118,26 +122,24 @@ def train(cfg: Settings, rt: runtime.Runtime) -> None:
             batch_tokens=plan.batch_tokens,
             weight_decay=plan.weight_decay * cfg.decay_scale / cfg.lr_scale,
             lr_scale=cfg.lr_scale,
+            smear_backout_lr=cfg.smear_lr,
         )
         T, B, N = cfg.sequence_len, cfg.device_batch, plan.num_steps
-        batches = partial(
-            DocumentBatches, source, tok, sequence_len=T, device_batch=B, rt=rt, policy=cfg.packing
-        )
-
-        def schedule(step: int) -> Rates:
-            lr = lr_factor(step, N, warmup=cfg.warmup, warmdown_frac=cfg.warmdown)
-            return Rates(lr, muon_momentum(step, N, warmdown_frac=cfg.warmdown), weight_decay_factor(step, N))
-
-        num_rows = max(1, cfg.eval_tokens // T) if cfg.eval_every else 0
+        how: dict[str, Any] = {"sequence_len": T, "device_batch": B, "rt": rt}
+        batches = partial(DocumentBatches, source, tok, policy=cfg.packing, **how)
+        rows = Primed(lessons, batches, tok, seed=cfg.seed, accum=plan.accum, **how)
+        P = rows.num_primer_steps
+        rt.say(f"base: {P} steps of lessons, then {N} of documents")
         fixed: Iterable[Batch] = ()
-        if num_rows:
-            fixed = validation_batches(source, tok, sequence_len=T, device_batch=B, rt=rt, num_rows=num_rows)
+        if cfg.eval_every:
+            num_rows = max(1, cfg.eval_tokens // T)
+            fixed = validation_batches(source, tok, num_rows=num_rows, **how)
         run_stage(
-            stage, cfg, model, optimizer, lambda cursor: batches(cursor=cursor),
-            num_steps=N, accum=plan.accum, schedule=schedule,
+            stage, cfg, model, optimizer, rows.batches, num_steps=P + N, accum=plan.accum,
+            schedule=partial(pretraining_rates, P, N, cfg.warmup, cfg.warmdown),
             evaluate=evaluation("val_bpb", lambda: evaluate_bpb(model, fixed, tok.token_bytes(), rt), rt),
             sample=samples(model, tok, PROMPTS, rt), flops_per_token=model.estimate_flops(),
-            recipe={"batch_tokens": plan.batch_tokens, "lr_scale": cfg.lr_scale},
+            recipe={"batch_tokens": plan.batch_tokens, "lr_scale": cfg.lr_scale, "smear_lr": cfg.smear_lr},
             result={"plan": plan.to_dict(), "params": model.num_scaling_params()},
         )  # fmt: skip
 

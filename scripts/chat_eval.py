@@ -23,7 +23,7 @@ from nanochat.train.stage import open_stage
 from tasks.arc import ARC
 from tasks.base import Task
 from tasks.gsm8k import GSM8K
-from tasks.mixtures import NUM_CONVERSATIONS
+from tasks.mixtures import EMBEDDED
 from tasks.mmlu import MMLU
 from tasks.synthetic import heldout_tasks
 
@@ -83,7 +83,7 @@ def trained_stages(home: Home, tag: str) -> list[str]:
 def open_tasks(names: str, trained: dict[str, Any], home: Home) -> dict[str, Task]:
     """The named tasks. auto: the hub's after a hub mixture, else the embedded corpus's held-out sets."""
     known = HUB_TASKS | {name: lambda home, task=task: task for name, task in heldout_tasks().items()}
-    is_hub = trained.get("mixture", "cpu-demo") not in NUM_CONVERSATIONS
+    is_hub = trained.get("mixture", "cpu-demo") not in EMBEDDED
     auto = list(HUB_TASKS) if is_hub else list(heldout_tasks())
     chosen = auto if names == "auto" else list(dict.fromkeys(name.strip() for name in names.split(",")))
     unknown = [name for name in chosen if name not in known]

@@ -40,7 +40,7 @@ class Settings:
 PRESETS = {
     "smoke": Settings(mixture="smoke", device_batch=4, eval_every=5, save_every=5),
     "cpu-demo": Settings(
-        mixture="cpu-demo", device_batch=16, save_every=100, eval_every=100, loss_on="assistant"
+        mixture="cpu-demo", device_batch=8, save_every=250, eval_every=250, loss_on="assistant"
     ),
     "single-gpu": Settings(mixture="single-gpu"),
     "speedrun": Settings(mixture="speedrun", device_batch=8),

@@ -1,4 +1,7 @@
-"""Task: a sliced sequence of conversations, with a way to grade answers. Mixture: several tasks, shuffled."""
+"""Task: a sliced sequence of conversations, with a way to grade answers.
+
+Mixture: several tasks, shuffled. Curriculum: several, in order.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from itertools import accumulate
 from nanochat.chat import Conversation, text_of
 from nanochat.data.synthetic.choices import render_multiple_choice
 
-__all__ = ["Conversation", "Mixture", "Task", "render_multiple_choice"]
+__all__ = ["Conversation", "Curriculum", "Mixture", "Task", "render_multiple_choice"]
 
 
 class Task(ABC):
@@ -63,6 +66,24 @@ class Task(ABC):
 def reference(conversation: Conversation) -> str:
     """The text of the reference answer."""
     return text_of(conversation["messages"][-1]["content"]).strip()
+
+
+class Curriculum(Task):
+    """Tasks one after another. `ends` are the numbers of examples up to the end of each, for the loader."""
+
+    name = "curriculum"
+
+    def __init__(self, tasks: Sequence[Task]):
+        super().__init__()
+        self.tasks = list(tasks)
+        self.ends = list(accumulate(len(task) for task in self.tasks))
+
+    def num_examples(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def get_example(self, index: int) -> Conversation:
+        which = bisect_right(self.ends, index)
+        return self.tasks[which][index - (self.ends[which] - len(self.tasks[which]))]
 
 
 class Mixture(Task):

@@ -6,31 +6,43 @@ numbers of rows that were found to work (docs/decisions.md).
 
 from __future__ import annotations
 
+from nanochat.errors import UserError
 from nanochat.paths import Home
-from tasks.base import Mixture, Task
+from tasks.base import Curriculum, Mixture, Task
 from tasks.gsm8k import GSM8K
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 from tasks.spelling import SimpleSpelling, SpellingBee
 from tasks.synthetic import SyntheticChat, heldout_tasks
 
-__all__ = ["heldout_tasks", "hub_mixture", "mixture", "synthetic_mixture"]
+__all__ = ["heldout_tasks", "hub_mixture", "mixture", "primer", "synthetic_mixture"]
 
 STAGES = ("mid", "sft")
-PRESETS = ("smoke", "cpu-demo", "single-gpu", "speedrun")
+EMBEDDED = ("smoke", "cpu-demo")  # presets that need no other data
+PRESETS = (*EMBEDDED, "single-gpu", "speedrun")
 
-# Of every hundred conversations. Multiple choice needs most: two steps, learned from one letter.
-SYNTHETIC_PERCENT = {
-    "mid": {
-        "choice": 50, "facts": 13, "letters": 11, "arithmetic": 10, "identity": 5, "smalltalk": 1,
-        "unknown": 2, "recall": 2, "spelling": 2, "story": 1, "mixed": 3,
-    },
-    "sft": {
-        "choice": 36, "facts": 18, "letters": 13, "arithmetic": 13, "identity": 8, "smalltalk": 3,
-        "unknown": 2, "recall": 2, "spelling": 2, "story": 1, "mixed": 2,
-    },
+# The embedded lessons, in order: (conversations of the cpu-demo, per cent of each kind). Looking things up comes
+# before the documents (primer) and on the way to multiple choice (mid): docs/decisions.md 20.
+LESSONS: dict[str, list[tuple[int, dict[str, int]]]] = {
+    "primer": [(5300, {"reorder": 100}), (7700, {"reorder": 50, "lookup": 50})],
+    "mid": [
+        (2600, {"reorder": 50, "lookup": 50}),
+        (6000, {"reorder": 15, "copy": 5, "lookup": 25, "quiz": 35, "facts": 20}),
+        (9200, {"reorder": 5, "far_lookup": 45, "far_quiz": 40, "choice": 10}),
+        (15000, {
+            "far_quiz": 12, "far_lookup": 5, "reorder": 3, "copy": 6, "choice": 20, "facts": 13, "letters": 15,
+            "arithmetic": 10, "identity": 6, "smalltalk": 1, "unknown": 2, "recall": 2, "spelling": 2,
+            "story": 1, "mixed": 2,
+        }),
+    ],
+    "sft": [
+        (18000, {
+            "far_quiz": 8, "choice": 18, "copy": 4, "facts": 18, "letters": 17, "arithmetic": 12, "identity": 11,
+            "smalltalk": 3, "unknown": 2, "recall": 2, "spelling": 2, "story": 1, "mixed": 2,
+        }),
+    ],
 }  # fmt: skip
-NUM_CONVERSATIONS = {"smoke": {"mid": 400, "sft": 200}, "cpu-demo": {"mid": 36_000, "sft": 24_000}}
+NUM_SMOKE = {"primer": 60, "mid": 400, "sft": 200}  # conversations of the preset smoke
 
 
 def mixture(
@@ -38,30 +50,39 @@ def mixture(
     preset: str,
     seed: int = 42,
     *,
-    num_conversations: int | None = None,
     home: Home | None = None,
-) -> Mixture:
-    """The training conversations of a stage ("mid" or "sft").
-
-    `num_conversations` overrides the number of embedded conversations; `home` is where hub files are kept.
-    """
+) -> Task:
+    """The training conversations of a stage ("mid" or "sft"); `home` is where hub files are kept."""
     if stage not in STAGES or preset not in PRESETS:
         raise ValueError(f"stage must be one of {STAGES}, preset of {PRESETS}; found {stage!r}, {preset!r}")
-    if preset in NUM_CONVERSATIONS:
-        return synthetic_mixture(stage, num_conversations or NUM_CONVERSATIONS[preset][stage], seed)
+    if preset in EMBEDDED:
+        return synthetic_mixture(stage, seed, NUM_SMOKE[stage] if preset == "smoke" else None)
     return hub_mixture(stage, seed, home)
 
 
-def synthetic_mixture(stage: str, num_conversations: int, seed: int = 42) -> Mixture:
-    """About `num_conversations` embedded conversations, one of each kind at least; others in each stage."""
-    offset = 1000 * STAGES.index(stage)
-    return Mixture(
-        [
-            SyntheticChat(kind, max(1, num_conversations * percent // 100), seed + offset)
-            for kind, percent in SYNTHETIC_PERCENT[stage].items()
-        ],
-        seed,
-    )
+def primer(preset: str, seed: int = 42) -> Task:
+    """Lists to look things up in, which come before the documents of the embedded corpus."""
+    if preset not in EMBEDDED:
+        raise UserError(f"a primer is one of {', '.join(EMBEDDED)}, found {preset!r}", "leave --primer out for none")
+    return synthetic_mixture("primer", seed, NUM_SMOKE["primer"] if preset == "smoke" else None)
+
+
+def synthetic_mixture(stage: str, seed: int = 42, num_conversations: int | None = None) -> Task:
+    """The embedded lessons of a stage, scaled to about `num_conversations`; one of each kind at least.
+
+    Each stage and each lesson draws other conversations.
+    """
+    lessons = LESSONS[stage]
+    scale = 1.0 if num_conversations is None else num_conversations / sum(n for n, _ in lessons)
+    parts: list[Task] = []
+    for number, (count, percents) in enumerate(lessons):
+        own = seed + 1000 * (10 * list(LESSONS).index(stage) + number)
+        kinds = [
+            SyntheticChat(kind, max(1, round(count * scale * percent / 100)), own)
+            for kind, percent in percents.items()
+        ]
+        parts.append(Mixture(kinds, seed))
+    return Curriculum(parts) if len(parts) > 1 else parts[0]
 
 
 def hub_mixture(stage: str, seed: int = 42, home: Home | None = None) -> Mixture:

@@ -117,9 +117,34 @@ def test_text_is_clean() -> None:
         assert text == text.strip() and text
 
 
-def test_letters_of_choices_stay_out_of_documents() -> None:
-    """ "=A" must not be frequent in what the tokenizer is trained on, or it becomes a token of its own."""
-    assert not any(re.search(r"=[A-D]\b", text) for text in documents())
+def line_of(text: str) -> dict[str, str]:
+    """Entry -> letter of the list in a text."""
+    return dict(re.findall(r"^- (.+)=([A-F])$", text, flags=re.M))
+
+
+@pytest.mark.parametrize("kind", ["reorder", "lookup", "far_lookup", "quiz", "far_quiz"])
+def test_lists_are_answered_with_the_letter_of_the_entry(kind: str) -> None:
+    answers = {question: fact.answer for fact in facts.facts() for question in fact.questions}
+    places = Counter()
+    for i in range(500):
+        messages = conversation(kind, 5, i)["messages"]
+        marks = line_of(messages[0]["content"])
+        assert len(set(marks.values())) == len(marks) >= 3
+        if kind == "reorder":
+            parts = messages[1]["content"]
+            assert [part["type"] for part in parts] == ["given", "text"] * (len(parts) // 2)
+            for given, learned in zip(parts[::2], parts[1::2]):
+                assert learned["text"] == "=" + marks[given["text"].removeprefix("\n").removeprefix("- ")]
+                places[learned["text"]] += 1
+            continue
+        for asked, answer in zip(messages[::2], messages[1::2]):
+            text = re.sub(r"^- .+=[A-F]\n?", "", asked["content"], flags=re.M).removeprefix(choices.HEAD)
+            entry = next((e for q, e in answers.items() if text.startswith(q)), None)
+            if "lookup" in kind:
+                entry = next(e for e in sorted(marks, key=len, reverse=True) if has_word(text, [e]))
+            assert entry is not None and answer["content"] == marks[entry], messages
+            places[answer["content"]] += 1
+    assert max(places.values()) < 4 * min(places.values()), "no letter may be a safe guess"
 
 
 def test_every_fact_is_told_evenly() -> None:

@@ -19,7 +19,7 @@ from tasks.arc import ARC
 from tasks.base import Conversation, Mixture, Task, reference
 from tasks.custom import CustomJSON
 from tasks.gsm8k import GSM8K, solution_parts
-from tasks.mixtures import NUM_CONVERSATIONS, PRESETS, STAGES, SYNTHETIC_PERCENT, english_words, mixture
+from tasks.mixtures import LESSONS, NUM_SMOKE, PRESETS, STAGES, english_words, mixture, primer, synthetic_mixture
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 from tasks.spelling import SimpleSpelling, SpellingBee
@@ -110,14 +110,17 @@ def test_synthetic_chat() -> None:
 
 
 def test_mixtures_of_the_embedded_corpus() -> None:
-    assert {sum(percent.values()) for percent in SYNTHETIC_PERCENT.values()} == {100}
+    assert {sum(kinds.values()) for lessons in LESSONS.values() for _, kinds in lessons} == {100}
     for stage in STAGES:
         mixed = mixture(stage, "smoke")
-        assert (
-            len(mixed) == NUM_CONVERSATIONS["smoke"][stage]
-            and mixed[7]["messages"][-1]["role"] == "assistant"
-        )
-        assert len(mixture(stage, "cpu-demo", num_conversations=1000)) == 1000
+        assert abs(len(mixed) - NUM_SMOKE[stage]) < 20 and mixed[7]["messages"][-1]["role"] == "assistant"
+        assert abs(len(synthetic_mixture(stage, 1, 1000)) - 1000) < 20
+    lessons = primer("smoke")
+    assert isinstance(lessons, Curriculum) and lessons.ends[-1] == len(lessons)
+    first_lesson = [lessons[i] for i in range(lessons.ends[0])]
+    assert all("order" in conv["messages"][0]["content"] for conv in first_lesson), "lessons keep their order"
+    with pytest.raises(UserError, match="a primer is one of smoke, cpu-demo"):
+        primer("speedrun")
     first = {json.dumps(conv) for conv in mixture("mid", "smoke")}
     assert sum(json.dumps(conv) in first for conv in mixture("sft", "smoke")) < 60, (
         "only the short ones repeat"

@@ -251,7 +251,8 @@ class ConversationBatches(Prefetched):
     """Whole conversations, best fit, that cannot see each other (doc_start); resumable after any batch.
 
     num_rows: planned rows of `epochs` (each reshuffled by seed); num_steps = ceil(num_rows / rows_per_step),
-    by default one batch of every rank a step. What the last step lacks are the sequence's next rows ("wrap",
+    by default one batch of every rank a step. Where the task has `ends` (a curriculum), the conversations
+    before each of them come in rows before all later ones. What the last step lacks are the sequence's next rows ("wrap",
     num_extra of them) or padding ("blank", right for evaluation). num_cut conversations were cut after the
     last answer that fits; num_dropped had none.
     """
@@ -320,17 +321,22 @@ class _Conversations:
         for rank, share in enumerate(shares):
             lengths[rank :: rt.world_size] = share
         self.num_cut, self.num_dropped = int((lengths < 0).sum()), int((lengths == 0).sum())
-        self._kept, self._lengths = np.flatnonzero(lengths), np.abs(lengths)
-        if not self._kept.size:
+        self._lengths = np.abs(lengths)
+        ends = getattr(task, "ends", None) or [len(task)]
+        self._parts = [a + np.flatnonzero(lengths[a:b]) for a, b in itertools.pairwise([0, *ends])]
+        if not lengths.any():
             problem = f"none of {len(task)} conversations has an answer that ends within {row_tokens} tokens"
             raise UserError(problem, "give other conversations, or a longer --sequence-len")
-        facts = repr((seed, row_tokens, on_all, tok.fingerprint())).encode()
+        facts = repr((seed, row_tokens, on_all, tok.fingerprint(), *(ends[:-1]))).encode()
         self.fingerprint = hashlib.sha256(lengths.tobytes() + facts).hexdigest()
 
     def plan(self, epoch: int) -> list[list[int]]:
         """The rows of an epoch, as numbers of conversations; the same on every rank."""
-        rows = plan_whole(self._lengths[self._kept], self.row_tokens, seed=(self.seed, epoch))
-        return [self._kept[row].tolist() for row in rows]
+        planned = (
+            (part, plan_whole(self._lengths[part], self.row_tokens, seed=(self.seed, epoch)))
+            for part in self._parts
+        )
+        return [part[row].tolist() for part, rows in planned for row in rows]
 
     def render(self, item: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, whether each token is a target) of the part that is kept."""

@@ -42,9 +42,13 @@ def param_groups(
     batch_tokens: int,
     weight_decay: float,
     ns_dtype: torch.dtype = torch.float32,
+    lr_scale: float = 1.0,
     **rates: float,
 ) -> list[dict[str, Any]]:
     """Groups for MuonAdamW; `weight_decay` is Muon's, `rates` replace the table's (wte_lr=0.2, ...).
+
+    `lr_scale` corrects the factor b, so it multiplies only the rates that have it: the scalars of smear and
+    backout keep theirs, whatever the batch.
 
     Every parameter lands in exactly one group; ValueError names those that no rule knows, and unknown rates.
     """
@@ -64,7 +68,8 @@ def param_groups(
             members[rule.rate].append((name, p))
     if unknown:
         raise ValueError(f"no optimizer rule for {', '.join(unknown)}; add one to nanochat/optim/groups.py")
-    factors = {"a": (model_dim / REFERENCE_DIM) ** -0.5, "b": (batch_tokens / REFERENCE_BATCH_TOKENS) ** 0.5}
+    b = lr_scale * (batch_tokens / REFERENCE_BATCH_TOKENS) ** 0.5
+    factors = {"a": (model_dim / REFERENCE_DIM) ** -0.5, "b": b}
     muon_options = {"weight_decay": weight_decay, "ns_dtype": ns_dtype}
     groups = []
     for rule in RULES:

@@ -20,6 +20,13 @@ from typing import Any
 import torch
 
 from nanochat.errors import Interrupted, UserError
+from nanochat.optim.schedule import (
+    linear_to_zero,
+    lr_factor,
+    muon_momentum,
+    post_training_momentum,
+    weight_decay_factor,
+)
 from nanochat.runtime import Runtime
 from nanochat.train.gate import Gate, LossScale
 
@@ -33,6 +40,18 @@ class Rates:
     lr_factor: float
     momentum: float
     decay_factor: float = 1.0
+
+
+def pretraining_rates(primer: int, num_steps: int, warmup: int, warmdown: float, step: int) -> Rates:
+    """The lessons' rates for `primer` steps (flat, the last 40 % down to zero, no decay), then the documents'."""
+    if step < primer:
+        return Rates(linear_to_zero(step, primer, 0.4), post_training_momentum(step, primer), 0.0)
+    k, N = step - primer, num_steps
+    return Rates(
+        lr_factor(k, N, warmup=warmup, warmdown_frac=warmdown),
+        muon_momentum(k, N, warmdown_frac=warmdown),
+        weight_decay_factor(k, N),
+    )
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,7 @@ from nanochat.train.stage import open_stage
 
 VALIDATION_EVERY = 100  # each 100th conversation is held out; each 10th of fewer than 1,000
 VALIDATION_MOST = 256
+SMEAR_LR = 0.2  # where the base run does not say
 
 
 class Rows(Protocol):
@@ -35,10 +37,11 @@ class Rows(Protocol):
 
 
 class Subset(Sequence[Any]):
-    """The rows of `items` at `indices`."""
+    """The rows of `items` at `indices`, which rise; a curriculum's `ends` come along."""
 
     def __init__(self, items: Rows, indices: list[int]) -> None:
         self.items, self.indices = items, indices
+        self.ends = [bisect_left(indices, end) for end in getattr(items, "ends", [])]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -100,8 +103,9 @@ def tune(recipe: Recipe, cfg: Any, rt: Runtime, task: Rows, prompts: tuple[str, 
             )
         lr_scale = cfg.lr_scale * base["lr_scale"]
         optimizer = model.setup_optimizer(
-            batch_tokens=base["batch_tokens"], weight_decay=0.0, lr_scale=lr_scale, **recipe.rates
-        )
+            batch_tokens=base["batch_tokens"], weight_decay=0.0, lr_scale=lr_scale,
+            smear_backout_lr=base.get("smear_lr", SMEAR_LR), **recipe.rates,
+        )  # fmt: skip
         moments = parent.tensors("optim-") if recipe.warm_optimizer else {}
         if moments:  # an imported parent has none
             optimizer.load_state_arrays(moments)
@@ -134,7 +138,7 @@ def tune(recipe: Recipe, cfg: Any, rt: Runtime, task: Rows, prompts: tuple[str, 
             evaluate=evaluation("val_loss", lambda: evaluate_loss(model, fixed, rt), rt),
             sample=samples(model, tok, prompts, rt), flops_per_token=model.estimate_flops(),
             allow_empty=recipe.loss_on == "assistant",
-            recipe={"batch_tokens": base["batch_tokens"], "lr_scale": base["lr_scale"]},
+            recipe=base,
             result={"conversations": len(train_rows), "rows": rows, "parent": inputs["parent"]},
         )  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nanochat.data.synthetic import choices, facts, letters, numbers, stories
+from nanochat.data.synthetic import choices, facts, letters, lookups, numbers, stories
 from nanochat.data.synthetic.grammar import capital, grammar
 from nanochat.data.synthetic.rng import Rng, mix_text
 
@@ -81,16 +81,11 @@ def fact(rng: Rng) -> Turns:
 
 
 def choice(rng: Rng) -> Turns:
-    """A multiple-choice question; some easy ones, some after or before the same question put openly.
-
-    Half of them ask on about the same list: more letters to learn from in as many tokens.
-    """
+    """A multiple-choice question; some easy ones, some after or before the same question put openly."""
     one = facts.any_fact(rng)
     easy = rng.chance(30)
     asked, shown, place = choices.easy_question(rng) if easy else choices.fact_question(rng, one)
     turns: Turns = [(choices.render_multiple_choice(asked, choices.LETTERS, shown), choices.LETTERS[place])]
-    if rng.chance(50):
-        return [*turns, *choices.follow_ups(rng, shown)]
     opened = (rng.pick(one.questions), one.reply)
     way = 9 if easy else rng.below(10)
     if way == 0:
@@ -150,6 +145,12 @@ MAKERS: dict[str, Callable[[Rng], Turns]] = {
     "spelling": spelling,
     "story": story,
     "mixed": mixed,
+    "reorder": lookups.reorder,
+    "lookup": lookups.lookup,
+    "quiz": lookups.quiz,
+    "far_lookup": lookups.far_lookup,
+    "far_quiz": lookups.far_quiz,
+    "copy": lookups.copy,
 }
 KINDS = tuple(MAKERS)
 STREAMS = {kind: mix_text(kind) for kind in KINDS}

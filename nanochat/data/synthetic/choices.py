@@ -8,15 +8,14 @@ from nanochat.data.synthetic import facts, letters, numbers
 from nanochat.data.synthetic.rng import Rng
 
 LETTERS = ("A", "B", "C", "D")
+HEAD = "Multiple Choice question: "
+RESPOND = "\n\nRespond only with the letter of the correct answer."
 
 
 def render_multiple_choice(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
-    """The text of a multiple-choice question. The letter follows its choice without a space, so that it is
-    the same token as in the answer."""
-    lines = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices))
-    return (
-        f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
-    )
+    """The text of a multiple-choice question; the letter follows its choice without a space."""
+    lines = "\n".join(f"- {choice}={letter}" for letter, choice in zip(letters, choices))
+    return f"{HEAD}{question}\n{lines}{RESPOND}"
 
 
 def fact_question(rng: Rng, fact: facts.Fact, *, held_out: bool = False) -> tuple[str, list[str], int]:
@@ -67,62 +66,12 @@ def easy_question(rng: Rng) -> tuple[str, list[str], int]:
 
 
 def quiz_document(rng: Rng) -> str:
-    """Quiz questions with their choices, for pretraining; not in the form of the conversations, whose
-    "=A" must not become one token. Most judge each choice: four answers to learn from instead of one."""
+    """Quiz questions with their choices and the right one, for pretraining."""
     told = []
-    judged = rng.chance(65)
     for _ in range(rng.between(2, 3)):
         fact = facts.any_fact(rng)
-        asked, shown, place = fact_question(rng, fact) if rng.chance(65) else easy_question(rng)
-        if judged:
-            lines = "\n".join(
-                f"- {choice}: {'yes' if n == place else 'no'}" for n, choice in enumerate(shown)
-            )
-            told.append(f"Question: {asked}\n{lines}")
-            continue
-        marks = rng.pick((("A", "B", "C", "D"), ("1", "2", "3", "4")))
-        sign = " = " if marks[0] == "A" else "="
-        lines = "\n".join(f"- {choice}{sign}{mark}" for choice, mark in zip(shown, marks))
-        told.append(f"Question: {asked}\n{lines}\nThe correct answer is {marks[place]}, {shown[place]}.")
-    head = rng.pick(
-        ("Respond with the letter or the number of the correct answer.\n", "Multiple Choice\n", "")
-    )
-    return ("" if judged else head) + "\n\n".join(told)
-
-
-def lookup_document(rng: Rng) -> str:
-    """A numbered list, then the number of each entry: the step from a choice to its mark, many times over.
-
-    Entries are words, asked for by themselves, or the answers of facts, asked for by their questions.
-    """
-    count = rng.between(4, 6)
-    marks = (
-        [str(n + 1) for n in range(count)]
-        if rng.chance(50)
-        else [str(n) for n in rng.sample(range(1, 10), count)]
-    )
-    if rng.chance(50):
-        entries = rng.sample(letters.training_words(), count)
-        forms = ("- {w}={m}", "- {w}={m}", "And {w}? {m}", "Which is {w}? {m}", "The number of {w} is {m}.")
-        form = rng.pick(
-            forms
-        )  # a space before the word throughout, so that it is the same token as in the list
-        asked = [form.format(w=w, m=m) for w, m in zip(entries, marks)]
-    else:
-        known: dict[str, facts.Fact] = {}
-        while len(known) < count:
-            fact = facts.any_fact(rng)
-            known.setdefault(fact.answer, fact)
-        entries = list(known)
-        form = rng.pick(("{q} {m}", "{q} {m}, {a}.", "Question: {q}\nThe correct answer is {m}."))
-        pairs = zip(known.values(), marks)
-        asked = [form.format(q=rng.pick(fact.questions), m=m, a=fact.answer) for fact, m in pairs]
-    listed = "\n".join(f"- {entry}={mark}" for entry, mark in zip(entries, marks))
-    return listed + "\n" + "\n".join(rng.sample(asked, count))
-
-
-def follow_ups(rng: Rng, shown: Sequence[str]) -> list[tuple[str, str]]:
-    """(question, letter) about the entries of a list that has just been shown."""
-    form = rng.pick(("Which letter is {w}?", "And {w}?", "And which letter is '{w}'?", "The letter of {w}?"))
-    places = rng.sample(range(len(shown)), rng.between(2, 4))
-    return [(form.format(w=shown[place]), LETTERS[place]) for place in places]
+        asked, shown, place = fact_question(rng, fact) if rng.chance(70) else easy_question(rng)
+        lines = "\n".join(f"- {choice}={letter}" for choice, letter in zip(shown, LETTERS))
+        ways = ("The correct answer is {e}.\n{m}", "{m}, {e}.", "{e}={m}", "Answer: {m}")
+        told.append(f"Question: {asked}\n{lines}\n" + rng.pick(ways).format(e=shown[place], m=LETTERS[place]))
+    return "\n\n".join(told)

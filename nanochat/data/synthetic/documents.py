@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nanochat.data.synthetic import choices, facts, letters, numbers, stories
+from nanochat.data.synthetic import choices, facts, letters, lookups, numbers, stories
 from nanochat.data.synthetic.grammar import grammar
 from nanochat.data.synthetic.rng import Rng, mix_text
 
@@ -67,14 +67,15 @@ def list_document(rng: Rng) -> str:
 
 
 KINDS = {
-    stories.story: 8,
-    fact_document: 22,
-    dialogue_document: 14,
-    choices.quiz_document: 24,
-    choices.lookup_document: 14,
+    stories.story: 7,
+    fact_document: 30,
+    dialogue_document: 20,
+    choices.quiz_document: 6,
+    lookups.table_document: 8,
+    lookups.echo_document: 8,
     numbers.document: 6,
-    letters.document: 10,
-    list_document: 2,
+    letters.document: 12,
+    list_document: 3,
 }
 DECK = [make for make, weight in KINDS.items() for _ in range(weight)]
 

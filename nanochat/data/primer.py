@@ -1,0 +1,56 @@
+"""Lessons first, then documents: one stream of batches with one cursor for both.
+
+The lessons are conversations packed as in fine-tuning (answers only, nothing seen across borders), once
+through; the documents follow without end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+from nanochat.data.loader import Batch, ConversationBatches
+
+LESSONS = "lessons"  # the cursor's key while the lessons last
+
+
+class Primed:
+    """`batches(cursor)` resumes anywhere. `num_primer_steps` is 0 without lessons."""
+
+    def __init__(
+        self, lessons: Sequence[Any] | None, documents: Callable[..., Any], tok: Any, *,
+        sequence_len: int, device_batch: int, rt: Any, seed: int, accum: int,
+    ) -> None:  # fmt: skip
+        self._lessons, self._documents, self._tok = lessons, documents, tok
+        self._shape = {"sequence_len": sequence_len, "device_batch": device_batch, "rt": rt, "seed": seed}
+        self._rows_per_step = device_batch * rt.world_size * accum
+        self.num_primer_steps = 0
+        if lessons is not None:
+            with self._conversations(None) as first:
+                self.num_primer_steps = first.num_steps
+
+    def _conversations(self, cursor: dict[str, Any] | None) -> ConversationBatches:
+        assert self._lessons is not None
+        return ConversationBatches(
+            self._lessons, self._tok, rows_per_step=self._rows_per_step, cursor=cursor, **self._shape
+        )
+
+    def batches(self, cursor: dict[str, Any] | None) -> Any:
+        """From the beginning (None), or right after the batch that carried `cursor`."""
+        if self._lessons is None or (cursor is not None and LESSONS not in cursor):
+            return self._documents(cursor=cursor)
+        return self._chain(cursor[LESSONS] if cursor else None)
+
+    def _chain(self, cursor: dict[str, Any] | None) -> Generator[Batch, None, None]:
+        end = self.num_primer_steps * self._rows_per_step
+        if cursor is None or cursor["row"] < end:
+            with self._conversations(cursor) as rows:
+                for batch in rows:
+                    assert batch.cursor is not None
+                    is_last = batch.cursor["row"] >= end
+                    batch.cursor = {LESSONS: batch.cursor}
+                    yield batch
+                    if is_last:
+                        break
+        with self._documents(cursor=None) as documents:
+            yield from documents
