@@ -65,7 +65,7 @@ def test_random_sequences_of_faults(tmp_path):
 def test_wrong_content_is_refused_after_one_more_try(tmp_path):
     with (
         serve({"file": DATA[:-1] + b"x"}) as (server, url),
-        pytest.raises(UserError, match="does not have the sha256"),
+        pytest.raises(UserError, match="does not have the hash"),
     ):
         fetch(url, tmp_path / "file")
     assert len(server.requests) == 2 and not (tmp_path / "file").exists()

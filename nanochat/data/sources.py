@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from nanochat.data import hub
+from nanochat.data.manifest import MANIFEST, parquet_metadata, read_manifest, verified
 from nanochat.errors import UserError
 from nanochat.paths import Home
 
@@ -203,8 +204,8 @@ def _digest(*parts: Any) -> str:
 
 def _open_parquet(uri: str, where: str, seed: int) -> FileSource:
     path = Path(where).expanduser()
-    if (path / hub.MANIFEST).exists():
-        shards = hub.verified(hub.read_manifest(path)["shards"], path)
+    if (path / MANIFEST).exists():
+        shards = verified(read_manifest(path)["shards"], path)
         return _parquet_source(uri, path, shards, seed)
     if path.is_dir():
         root, pattern = path, "*.parquet"
@@ -241,7 +242,7 @@ def _parquet_source(
 
 def _footer(path: Path) -> tuple[list[int], str]:
     """(row groups that hold rows, an identity: the file's size and a hash of its footer)."""
-    metadata = hub.parquet_metadata(path)
+    metadata = parquet_metadata(path)
     columns = metadata.schema.to_arrow_schema().names
     if "text" not in columns:
         raise UserError(
