@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.data import sources
-from nanochat.data.sources import is_validation, open_source
+from nanochat.data import files, formats, sources
+from nanochat.data.blocks import is_validation
+from nanochat.data.sources import open_source
 from nanochat.errors import UserError
 from nanochat.paths import Home
 
@@ -31,7 +32,7 @@ def home(tmp_path):
 @pytest.fixture(params=["parquet", "jsonl", "text", "directory"])
 def uri(request, tmp_path, monkeypatch):
     """A source of TEXTS in every form."""
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 5000)  # so that a small file has many chunks
+    monkeypatch.setattr(formats, "CHUNK_BYTES", 5000)  # so that a small file has many chunks
     if request.param == "parquet":
         for shard in range(3):
             write_parquet(tmp_path / f"data/{shard}.parquet", TEXTS[300 * shard : 300 * (shard + 1)])
@@ -203,13 +204,13 @@ def test_any_text_survives_any_chunking(tmp_path_factory, texts, size):
     path = tmp_path_factory.mktemp("any") / "a"
     path.write_bytes("\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts).encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "CHUNK_BYTES", size)
-        chunks, _ = sources._scan(path, whole=False, blank_lines=False)
-        assert [text for chunk in chunks for text in sources._read_json(chunk) if text] == [
+        patch.setattr(formats, "CHUNK_BYTES", size)
+        chunks, _ = formats.scan(path, whole=False, blank_lines=False)
+        assert [text for chunk in chunks for text in formats.split_json(chunk) if text] == [
             text for text in texts if text
         ]
         path.write_bytes("\n\n".join(texts).encode())
-        chunks, _ = sources._scan(path, whole=False, blank_lines=True)
-        whole, _ = sources._scan(path, whole=True, blank_lines=True)
-        split = [text for chunk in chunks for text in sources._read_blocks(chunk) if text.strip()]
-        assert split == [text for chunk in whole for text in sources._read_blocks(chunk) if text.strip()]
+        chunks, _ = formats.scan(path, whole=False, blank_lines=True)
+        whole, _ = formats.scan(path, whole=True, blank_lines=True)
+        split = [text for chunk in chunks for text in formats.split_blocks(chunk) if text.strip()]
+        assert split == [text for chunk in whole for text in formats.split_blocks(chunk) if text.strip()]
