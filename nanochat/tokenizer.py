@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -206,6 +207,23 @@ class RustBPETokenizer:
         before = np.array(self._special(prepend), dtype=np.int32)
         return [np.concatenate([before, piece]) for piece in pieces] if before.size else pieces
 
+    def encode_arrow(
+        self, array: Any, prepend: Special = None, num_threads: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, offsets) of an Arrow array of strings: text i is tokens[offsets[i] : offsets[i + 1]].
+
+        `array` is a pyarrow Array or ChunkedArray, or anything else with `__arrow_c_array__` or
+        `__arrow_c_stream__`. tokens are uint16 if the vocabulary has at most 65,536 ids, else int32; offsets are
+        int64. `prepend` begins every text; a null is no text and has no tokens. Bytes that are not UTF-8: ValueError.
+        """
+        before = self._special(prepend)
+        tokens, offsets = self._core.encode_arrow(array, before[0] if before else None, num_threads)
+        return tokens.astype(self.token_dtype(), copy=False), offsets
+
+    def token_dtype(self) -> np.dtype:
+        """The smallest of uint16 and int32 that holds all ids."""
+        return np.dtype(np.uint16 if self._vocab_size <= 1 << 16 else np.int32)
+
     def _special(self, token: Special) -> list[int]:
         if token is None:
             return []
@@ -271,7 +289,7 @@ def _rustbpe() -> Any:
 def _core(ranks: Ranks, pattern: str) -> Any:
     """What encodes: our rustbpe if it is installed, else tiktoken."""
     rust = _rustbpe().Tokenizer
-    return rust.from_ranks(ranks, pattern) if hasattr(rust, "from_ranks") else _TiktokenCore(ranks, pattern)
+    return rust.from_ranks(ranks, pattern) if hasattr(rust, "encode_arrow") else _TiktokenCore(ranks, pattern)
 
 
 class _TiktokenCore:
@@ -294,3 +312,19 @@ class _TiktokenCore:
         batch = self.batch_encode(texts, num_threads)
         flat = np.fromiter((i for ids in batch for i in ids), dtype=np.int32)
         return bytearray(flat.tobytes()), [len(ids) for ids in batch]
+
+    def encode_arrow(
+        self, array: Any, prepend: int | None, num_threads: int | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        import pyarrow as pa
+
+        strings = pa.array(array) if hasattr(array, "__arrow_c_array__") else pa.chunked_array(array)
+        if not (pa.types.is_string(strings.type) or pa.types.is_large_string(strings.type)):
+            raise TypeError(f"the Arrow array must be of type string or large_string, found {strings.type}")
+        texts = strings.to_pylist()
+        batch = self.batch_encode([text or "" for text in texts], num_threads or os.cpu_count() or 1)
+        before = [] if prepend is None else [prepend]
+        batch = [[] if text is None else before + ids for text, ids in zip(texts, batch)]
+        offsets = np.zeros(len(batch) + 1, dtype=np.int64)
+        np.cumsum([len(ids) for ids in batch], out=offsets[1:])
+        return np.fromiter((i for ids in batch for i in ids), dtype=np.int32, count=offsets[-1]), offsets

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import time
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import tiktoken
 from hypothesis import example, given, settings
@@ -177,3 +180,73 @@ except KeyboardInterrupt:
     assert done.stdout == "heard 256\n" and done.returncode == 0, (
         done.stderr
     )  # 256: it did not run to its end
+
+
+def arrays_of(texts: list[str | None]) -> list[object]:
+    """The same texts in every shape that Arrow has for them."""
+    half = len(texts) // 2
+    return [
+        pa.array(texts, pa.string()),
+        pa.array(texts, pa.large_string()),
+        pa.array(["cut", *texts, "off"], pa.string()).slice(1, len(texts)),
+        pa.chunked_array([texts[:half], [], texts[half:]], pa.large_string()),
+        pa.table({"text": texts}, pa.schema([("text", pa.string())]))["text"],
+    ]
+
+
+@ours
+@settings(max_examples=30)
+@given(texts=st.lists(st.none() | small | anything, max_size=9), num_threads=st.integers(1, 3))
+@example(texts=[], num_threads=1)
+@example(texts=[None, "", "ab c"], num_threads=2)
+def test_arrow_equals_one_by_one(texts: list[str | None], num_threads: int) -> None:
+    tok = train(["ab c'1", "ab ab"], 270)
+    one_by_one = [[] if text is None else [65535, *tok.encode(text)] for text in texts]
+    for array in arrays_of(texts):
+        tokens, offsets = tok.encode_arrow(array, prepend=65535, num_threads=num_threads)
+        assert tokens.dtype == np.uint16 and offsets.dtype == np.int64 and len(offsets) == len(texts) + 1
+        assert [tokens[a:b].tolist() for a, b in itertools.pairwise(offsets)] == one_by_one
+
+
+@ours
+def test_arrow_dtypes_and_memory() -> None:
+    tok = train(["ab ab"], 270)
+    assert tok.encode_arrow(pa.array(["ab"]), prepend=65536)[0].dtype == np.int32
+    wide = rustbpe.Tokenizer.from_ranks([*tok.get_mergeable_ranks(), (b"zz", 65536)], tok.get_pattern())
+    assert wide.encode_arrow(pa.array(["zz"]))[0].dtype == np.int32
+    tokens, offsets = tok.encode_arrow(pa.array(["ab ab"] * 3))
+    del tok
+    tokens[0] = 7  # their own memory, which stays after the tokenizer
+    assert tokens.tolist() == [7, 257, 256, 257, 256, 257] and offsets.tolist() == [0, 2, 4, 6]
+
+
+@ours
+def test_what_is_no_arrow_array_of_strings() -> None:
+    tok = rustbpe.Tokenizer()
+    for wrong in (["a"], "a", None, 1):
+        with pytest.raises(TypeError, match="expected an Arrow array of strings, found"):
+            tok.encode_arrow(wrong)
+    words = pa.array(["a", "b"])
+    for array in (pa.array([1]), words.dictionary_encode(), pa.table({"text": words}), words.cast("binary")):
+        with pytest.raises(TypeError, match="must be of type string or large_string"):
+            tok.encode_arrow(array)
+    bad = pa.Array.from_buffers(pa.string(), 2, [None, *pa.array([b"ok", b"\xff"]).buffers()[1:]])
+    with pytest.raises(ValueError, match="text 1 is not UTF-8 from byte 0 on"):
+        tok.encode_arrow(bad)
+    with pytest.raises(ValueError, match="text 1 is not UTF-8"):
+        tok.train_from_iterator(iter([bad]), 300)
+    falling = pa.array([0, 2, 1], pa.int32()).buffers()[1]
+    with pytest.raises(ValueError, match="bad offsets at row 1"):
+        tok.encode_arrow(pa.Array.from_buffers(pa.string(), 2, [None, falling, pa.py_buffer(b"abc")]))
+    with pytest.raises(ValueError, match="below 2"):
+        tok.encode_arrow(words, prepend=1 << 31)
+
+
+@ours
+def test_training_on_arrow_arrays() -> None:
+    corpus = [f"line {i * i % 97} of the {'very ' * (i % 5)}long text" for i in range(300)]
+    merges = train(corpus, 400).get_mergeable_ranks()
+    for array in arrays_of([*corpus, None]):
+        assert train([array], 400).get_mergeable_ranks() == merges
+    mixed = [*corpus[:100], pa.array(corpus[100:200]), *corpus[200:]]
+    assert train(mixed, 400).get_mergeable_ranks() == merges

@@ -2,7 +2,8 @@
 
 use rustc_hash::FxHashMap;
 
-use crate::{parallel, Error, Splitter};
+use crate::parallel::{self, Check};
+use crate::{Error, Splitter, Text};
 
 /// How often each distinct piece of at least two bytes has been seen (one byte has nothing to merge).
 #[derive(Debug, Default)]
@@ -12,16 +13,18 @@ pub struct Counter {
 
 impl Counter {
     /// Counts the pieces of `texts` on up to `threads` threads; the sum does not depend on their number.
-    pub fn add<T: AsRef<str> + Sync>(
+    pub fn add<T: Text>(
         &mut self,
         splitter: &Splitter,
         texts: &[T],
         threads: usize,
+        check: Check<'_>,
     ) -> Result<(), Error> {
         // A clone of the splitter per thread: the engine's scratch space is then not fought over.
         let init = || (splitter.clone(), FxHashMap::<&str, u64>::default());
-        let states = parallel::fold(texts, threads, init, |(splitter, local), _, text| {
-            splitter.for_each(text.as_ref(), |piece| {
+        let states = parallel::fold(texts, threads, check, init, |(splitter, local), _, index, text| {
+            let text = text.text().map_err(|error| error.at(index))?.unwrap_or_default();
+            splitter.for_each(text, |piece| {
                 if piece.len() > 1 {
                     *local.entry(piece).or_insert(0) += 1;
                 }

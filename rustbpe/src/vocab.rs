@@ -114,6 +114,11 @@ impl Vocab {
         self.num_tokens
     }
 
+    /// The largest id of a token.
+    pub fn largest_id(&self) -> Id {
+        self.spans.len() as Id - 1
+    }
+
     /// Never: the single bytes are always there.
     pub fn is_empty(&self) -> bool {
         self.num_tokens == 0
