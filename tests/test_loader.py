@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanochat.data.blocks import in_blocks
 from nanochat.data.loader import IGNORED, Batch, ConversationBatches, DocumentBatches, validation_batches
 from nanochat.errors import UserError
 
@@ -26,8 +27,10 @@ class ByteTokenizer:
     def encode_special(self, text):
         return {"<|assistant_end|>": END}[text]
 
-    def encode(self, texts, prepend=None, num_threads=1):
-        return [[prepend, *text.encode()] for text in texts]
+    def encode_arrow(self, array, prepend=None, num_threads=1):
+        ids = [[prepend, *text.encode()] for text in array.to_pylist()]
+        offsets = np.cumsum([0, *map(len, ids)])
+        return np.array([i for one in ids for i in one], dtype=np.uint16), offsets
 
     def render_conversation(self, conversation, max_tokens=2048):
         ids, mask = [BOS], [0]
@@ -55,13 +58,16 @@ class World:
 class Numbers:
     """A source whose documents are functions of their number; validation holds `num_val` of them."""
 
-    name = "numbers"
+    name, tokenizer = "numbers", None
 
     def __init__(self, num_val=40, fail_at=None):
         self.num_val, self.fail_at = num_val, fail_at
 
     def fingerprint(self):
         return "numbers"
+
+    def blocks(self, split, cursor=None):
+        return in_blocks(self.documents(split, cursor))
 
     def documents(self, split, cursor=None):
         number = cursor["next"] if cursor else 0

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.data import files, formats, sources
+from nanochat.data import formats, sources
 from nanochat.data.blocks import is_validation
 from nanochat.data.sources import open_source
 from nanochat.errors import UserError
@@ -121,15 +121,6 @@ def test_a_manifest_names_the_validation_shard_and_guards_the_files(home, tmp_pa
     (tmp_path / "shards.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read as JSON"):
         open_source(f"parquet:{tmp_path}", home=home, seed=0)
-
-
-def test_shards_of_a_hub_source_stay_together(tmp_path):
-    for shard in range(3):
-        write_parquet(tmp_path / f"{shard}.parquet", TEXTS[300 * shard : 300 * (shard + 1)])
-    entries = [{"name": f"{shard}.parquet", "role": "train"} for shard in range(3)]
-    source = sources._parquet_source("hub:x", tmp_path, entries, seed=3, by_file=True)
-    order = [TEXTS.index(text) // 300 for text, _ in take(source.documents("train"), 800)]
-    assert sum(one != other for one, other in itertools.pairwise(order)) == 2
 
 
 def damage(path, rng):

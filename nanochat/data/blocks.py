@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ Cursor = dict[str, Any]
 
 @dataclass(frozen=True)
 class Block:
-    """Documents in order. `array` holds texts (Arrow string) or, with a `dtype`, tokens as bytes (Arrow binary).
+    """Documents in order. `array` holds texts (Arrow string) or, with a `dtype`, tokens (Arrow binary).
 
     cursor(i) resumes right after document i.
     """
@@ -68,7 +69,7 @@ def well_formed(text: str) -> str:
 
 
 def raw(array: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(n + 1 offsets as int64, bytes from the first to the last) of an Arrow string or binary array, uncopied."""
+    """(n + 1 offsets as int64, the bytes between first and last) of an Arrow string or binary array."""
     import pyarrow as pa
 
     is_large = pa.types.is_large_string(array.type) or pa.types.is_large_binary(array.type)
@@ -102,7 +103,7 @@ def validation_mask(array: Any) -> np.ndarray:
     offsets, data = raw(array)
     view, ends = memoryview(data.data), offsets.tolist()
     return np.fromiter(
-        (_is_validation(view[start:end]) for start, end in zip(ends, ends[1:])), dtype=bool, count=len(array)
+        (_is_validation(view[start:end]) for start, end in pairwise(ends)), dtype=bool, count=len(array)
     )
 
 
@@ -117,7 +118,7 @@ def _is_validation(data: memoryview) -> bool:
 
 
 def runs(sizes: np.ndarray, start: int) -> Iterator[tuple[int, int]]:
-    """(first, end) of the blocks from `start` on: BLOCK_DOCUMENTS at most, and no more than BLOCK_BYTES by much."""
+    """(first, end) of the blocks from `start` on: BLOCK_DOCUMENTS at most; BLOCK_BYTES end one too."""
     ends = np.cumsum(sizes)
     while start < len(sizes):
         before = ends[start] - sizes[start]

@@ -1,8 +1,8 @@
 """What is said to the hub, or to a mirror in its place: what is there, and one file of it.
 
-huggingface_hub resolves names, revisions, addresses and tokens (HF_ENDPOINT and HF_TOKEN honoured); the bytes
-come through nanochat.data.fetch, which resumes after a kill and checks what it gets (docs/decisions.md). A mirror
-is a directory or URL that holds SHA256SUMS and datasets/OWNER/NAME/FILE.
+huggingface_hub resolves names, revisions, addresses and tokens (HF_ENDPOINT and HF_TOKEN honoured); the
+bytes come through nanochat.data.fetch, which resumes after a kill and checks what it gets. A mirror is a
+directory or URL that holds SHA256SUMS and datasets/OWNER/NAME/FILE.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def listing(repo: Repo) -> tuple[str | None, list[Entry]]:
 
 
 def transfer(repo: Repo, revision: str | None, entry: Entry, path: Path, **options: Any) -> None:
-    """Put one file at `path`, verified by all that is known of it. options: headers, on_bytes, stop of fetch_url."""
+    """Put one file at `path`, verified by all that is known of it. options: on_bytes, stop of fetch_url."""
     name, expected = entry["name"], {"sha256": entry["sha256"], "git_blob": entry.get("git")}
     if repo.mirror_dir:
         source, temporary = repo.mirror_dir / _prefix(repo) / name, path.with_name(f"{path.name}.part")

@@ -101,7 +101,7 @@ class _Transfer:
         self.report(0)
 
     def run(self, knows_hash: bool, stall_seconds: float, deadline: float) -> None:
-        """Complete the part or raise OSError or HTTPException; bytes that may be right stay for the next try."""
+        """Complete the part or raise OSError or HTTPException; what may be right stays for the next try."""
         part, etag_file, url = self.part, self.etag_file, self.url
         have = part.stat().st_size if part.exists() and etag_file.exists() else 0
         sent = {"Accept-Encoding": "identity", "User-Agent": "nanochat"}

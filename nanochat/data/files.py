@@ -1,4 +1,4 @@
-"""FileSource: documents in chunks of files, in an order drawn anew for every epoch, resumable after any document.
+"""FileSource: documents in chunks of files, in an order drawn anew every epoch, resumable after each.
 
 An epoch is a sequence of shards, a shard of chunks (row groups, or about a megabyte of lines), a chunk of
 documents; each is permuted by (seed, epoch). Local files are one shard, so that their chunks mix freely. On
@@ -104,10 +104,11 @@ class FileSource:
         is_train = split == "train"
         shards = self._train if is_train or self._val is None else self._val
         found = place + number + turn  # a cursor inside an epoch has found some
-        for (epoch, turn, shard), chunks in shards.walk(self._turns(shards.num, is_train, epoch, turn)):
+        turns = self._turns(shards.num, is_train, epoch, turn)
+        for (epoch, turn, shard), chunks in shards.walk(turns):
             key = (self._seed, epoch) if shards.num == 1 else (self._seed, epoch, shard)
             order = permutation(len(chunks), *key, *(() if shards.num == 1 else (-1,)))
-            for place in range(place, len(chunks)):
+            for place in range(place, len(chunks)):  # noqa: B020
                 index = int(order[place]) if is_train else place
                 array, kept = self._load(chunks[index], split, shards)
                 found += len(kept)
@@ -127,9 +128,9 @@ class FileSource:
         return {"source": self._fingerprint, "split": split, "at": at}
 
     def _turns(self, num: int, is_train: bool, epoch: int, turn: int) -> Iterator[Turn]:
-        for epoch in count(epoch) if is_train else (0,):
+        for epoch in count(epoch) if is_train else (0,):  # noqa: B020
             order = permutation(num, self._seed, epoch, -1).tolist() if is_train else list(range(num))
-            for turn in range(turn, num):
+            for turn in range(turn, num):  # noqa: B020
                 yield epoch, turn, order[turn]
             turn = 0
 

@@ -20,7 +20,7 @@ CHUNK_BYTES = 1 << 20
 
 
 def parquet_chunks(path: Path, column: str = "text") -> tuple[list[Chunk], str]:
-    """(a chunk for every row group that holds rows, an identity: the file's size and a hash of its footer)."""
+    """(a chunk for every row group that holds rows, an identity: the size and a hash of the footer)."""
     metadata = parquet_metadata(path)
     columns = metadata.schema.to_arrow_schema().names
     if column not in columns:

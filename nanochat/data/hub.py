@@ -1,8 +1,8 @@
-"""Data sets of the hub, the same from a mirror, and a few plain files: fetched in parallel, verified, recorded.
+"""Data sets of the hub or a mirror, and a few plain files: fetched in parallel, verified, recorded.
 
-A file gets its final name only after size and hash agree with what the hub, or the mirror's SHA256SUMS, says;
-nanochat.data.manifest tells what is kept about each, nanochat.data.contact where it comes from. Offline opens no
-connection.
+A file gets its final name only after size and hash agree with what the hub, or the mirror's SHA256SUMS,
+says; nanochat.data.manifest tells what is kept about each, nanochat.data.contact where it comes from. Offline
+opens no connection.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ from pathlib import Path
 from nanochat.data.contact import PLAIN, listing, transfer
 from nanochat.data.fetch import hash_file, locked, publish
 from nanochat.data.manifest import (
-    MANIFEST, UNKNOWN, Entry, Repo, is_here, is_inside, parquet_metadata, read_manifest, record,
+    MANIFEST,
+    UNKNOWN,
+    Entry,
+    Repo,
+    is_here,
+    is_inside,
+    parquet_metadata,
+    read_manifest,
+    record,
 )  # fmt: skip
 from nanochat.data.progress import Progress
 from nanochat.errors import UserError

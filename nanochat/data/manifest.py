@@ -1,7 +1,7 @@
 """shards.json: what a directory of fetched files should hold, and how much of it has been verified.
 
-    {"source": "...", "revision": "<40 hex>" or null, "shards": [{"name": "shard_00000.parquet",
-     "role": "train" or "val", "size": 0, "sha256": "...", "rows": 0, "row_groups": 0, "verified": true}, ...]}
+    {"source": "...", "revision": "<40 hex>" or null, "shards": [{"name": "shard_00000.parquet", "role":
+     "train" or "val", "size": 0, "sha256": "...", "rows": 0, "row_groups": 0, "verified": true}, ...]}
 
 What nobody has told us is null, is recorded at the first contact and enforced from then on.
 """

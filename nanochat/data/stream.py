@@ -18,13 +18,11 @@ from nanochat.data.manifest import Entry, Repo, is_here, read_manifest
 from nanochat.errors import UserError
 
 NUM_AHEAD = 4
-LEAST_SHARDS = (
-    3  # within the bound: the one in use, the one before it (another process may be behind), the next
-)
+LEAST_SHARDS = 3  # within a bound: the one in use, the one before (another process may be behind), the next
 
 
 class ShardStream:
-    """Training files in the order in which they are asked for. keep_bytes bounds them on disk (None: no bound)."""
+    """Training files in the order in which they are asked for; keep_bytes bounds them on disk."""
 
     def __init__(self, repo: Repo, entries: list[Entry], keep_bytes: int | None = None) -> None:
         self.repo, self.num, self.keep_bytes = repo, len(entries), keep_bytes
@@ -41,7 +39,8 @@ class ShardStream:
             while ahead or waiting is not None:
                 while waiting is not None and len(ahead) <= NUM_AHEAD:
                     name = self._names[waiting[2]]
-                    if ahead and not self._make_room(name, used, [self._names[t[2]] for t, _ in ahead]):
+                    fits = self._make_room(name, used, [self._names[t[2]] for t, _ in ahead])
+                    if ahead and not fits:
                         break
                     ahead.append((waiting, pool.submit(hub.fetch, self.repo, [name], quiet=True)))
                     waiting = next(turns, None)
@@ -79,7 +78,7 @@ class ShardStream:
         mine = set(self._names)
         here = {one for one in mine if is_here(self.repo, entries[one])}
         needed = sum(size(one) for one in here | {*ahead, name})
-        keep = {*ahead, *used[-2:], name}
+        keep = {*ahead, *used[-1:], name}
         old = [one for one in used if one in here - keep]
         old += [one for one in self._names if one in here - keep and one not in used]
         for one in old:

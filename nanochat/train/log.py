@@ -103,6 +103,7 @@ class TrainLog:
         row |= {
             "tokens": state.tokens,
             "seconds": round(state.seconds, 4),
+            "wait_seconds": round(state.wait_seconds, 6),
             "tokens_per_second": round(per_second, 1),
         }
         if used is not None:
