@@ -31,7 +31,7 @@ class Settings:
     home: str | None = setting(None, "directory of all runs (default: NANOCHAT_HOME, else the user's cache)")
     tag: str = setting("main", "name of the run")
     seed: int = setting(1, "seed of weights and data order")
-    data: str = setting("synthetic", "source: synthetic, parquet:DIR, jsonl:FILE, text:PATH, hub:OWNER/NAME")
+    data: str = setting("synthetic", "synthetic, parquet:, jsonl:, text:, hub: or tokens: (docs/data.md)")
     depth: int = setting(12, "layers; every other size follows from it")
     aspect: int = setting(64, "width per layer (channels)")
     head_dim: int = setting(128, "channels per attention head")
@@ -59,6 +59,8 @@ class Settings:
     wandb: str = setting("off", "off, offline or online")
     offline: bool = setting(False, "open no connection")
     mirror: str | None = setting(None, "directory or URL that replaces the hub (default: NANOCHAT_MIRROR)")
+    disk_gb: float | None = setting(None, "GB of training shards to keep (hub only; default: no bound)")
+    damaged: str = setting("stop", "stop or skip at a part of a file that cannot be read as it was written")
 
 
 def _preset(name: str, **more: Any) -> Settings:
@@ -106,8 +108,9 @@ def train(cfg: Settings, rt: runtime.Runtime) -> None:
     whole_hub = cfg.data.split("@")[0] == HUB and cfg.data.count(":") == 1  # no pattern that chooses shards
     num_shards = scaling.num_shards(plan.horizon_tokens, cfg.packing) if whole_hub else None
     source = open_source(
-        cfg.data, home=home, seed=cfg.seed, num_shards=num_shards, mirror=cfg.mirror, offline=cfg.offline
-    )
+        cfg.data, home=home, seed=cfg.seed, num_shards=num_shards, mirror=cfg.mirror, offline=cfg.offline,
+        disk_gb=cfg.disk_gb, damaged=cfg.damaged,
+    )  # fmt: skip
     with open_stage("base", cfg, rt, {"tokenizer": tok.fingerprint(), "data": source.fingerprint()}) as stage:
         if stage.finished:
             rt.say(f"base: already finished, bits per byte {stage.finished.get('val_bpb')}")

@@ -3,12 +3,15 @@
 import hashlib
 import json
 import socket
+import time
+from functools import partial
 
 import pytest
-from faulty_server import serve
+from faulty_server import FAULTS, serve
 from hub_files import FILES, MIRROR, NAME, SHARDS, api, parquet
 
 from nanochat.data import contact, hub
+from nanochat.data.progress import Progress
 from nanochat.data.sources import open_source
 from nanochat.errors import UserError
 from nanochat.paths import Home
@@ -103,6 +106,66 @@ def test_the_hub_itself_revision_recorded_and_content_checked(home, monkeypatch)
         assert contents(directory, entries) == expected(*SHARDS[:2], SHARDS[3])
         pinned, _ = hub.fetch_shards(f"{NAME}@{'c' * 40}", home=home, num_shards=1)
         assert pinned != directory
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_hub_itself_with_every_fault(home, monkeypatch, fault):
+    true_fetch = contact.fetch_url
+    monkeypatch.setattr(contact, "fetch_url", partial(true_fetch, stall_seconds=0.3))
+    monkeypatch.setattr(contact, "LIST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with serve(FILES, [fault], api=api()) as (server, url):
+        server.api_faults = [fault] if fault in ("429", "500", "503", "drop") else []
+        monkeypatch.setenv("HF_ENDPOINT", url)
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        directory, entries = hub.fetch_shards(NAME, home=home, num_shards=1)
+        assert contents(directory, entries) == expected(SHARDS[0], SHARDS[3])
+        assert {host for host, token in server.tokens if token} == {url.removeprefix("http://")}
+    assert not list(directory.rglob("*.part")) and not server.faults
+
+
+def test_a_name_the_hub_does_not_know_is_told_at_once(home, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with serve({}) as (server, url):
+        server.api_faults = ["404"] * 9
+        monkeypatch.setenv("HF_ENDPOINT", url)
+        with pytest.raises(UserError, match="the hub does not list owner/none"):
+            hub.fetch_shards("owner/none", home=home)
+        assert len(server.requests) == 1
+
+
+def test_all_that_failed_is_told_and_all_else_is_there(home, mirror_dir):
+    for name in SHARDS[:2]:
+        (mirror_dir / "datasets" / NAME / name).unlink()
+    with pytest.raises(UserError) as caught:
+        hub.fetch_shards(NAME, home=home, mirror=str(mirror_dir))
+    assert "2 of 4 files were not fetched, shard_00000.parquet, shard_00001.parquet" in caught.value.problem
+    assert {path.name for path in home.data_dir.rglob("*.parquet")} == set(SHARDS[2:])
+
+
+def test_ctrl_c_ends_a_fetch_soon_and_keeps_what_arrived(home, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hub, "_failures", interrupt)
+    start = time.monotonic()
+    with serve(MIRROR, ["503"] * 40) as (_, url):
+        monkeypatch.setattr("nanochat.data.fetch.random.uniform", lambda *_: 60.0)
+        server_url = url
+        monkeypatch.setattr(contact, "_list_mirror", lambda repo: [{"name": name} for name in SHARDS])
+        with pytest.raises(KeyboardInterrupt):
+            hub.fetch_shards(NAME, home=home, mirror=server_url)
+    assert time.monotonic() - start < 5
+
+
+def test_progress_counts_in_plain_lines(home, mirror_dir, capsys):
+    hub.fetch_shards(NAME, home=home, mirror=str(mirror_dir))
+    assert f"fetching {NAME}: 4 of 4 files" in capsys.readouterr().out
+    with Progress("x", 2, 10_000_000) as progress:
+        progress.advance(5_000_000)
+        progress.advance(-1_000_000)
+        progress.file_done()
+        assert progress.line().startswith("1 of 2 files, 4.0 of 10.0 MB, ")
 
 
 def test_offline_opens_no_socket(home, mirror_dir, monkeypatch):

@@ -27,12 +27,12 @@ from nanochat.data.files import Chunk, FileSource, LocalShards, check_cursor, di
 from nanochat.data.formats import parquet_chunks, read_blocks, read_file, read_group, read_lines, scan
 from nanochat.data.manifest import MANIFEST, Entry, read_manifest, verified
 from nanochat.data.stream import ShardStream
+from nanochat.data.tokens import read_facts
 from nanochat.errors import UserError
-from nanochat.paths import Home, read_json
+from nanochat.paths import Home
 
 NUM_SYNTHETIC_VAL = 1 << 16  # indices below are validation, all others training
 TEXT_SUFFIXES = (".txt", ".md")
-TOKENS_FILE, TOKENS_FORMAT = "tokens.json", 1
 FORMS = (
     "synthetic, parquet:DIR_OR_GLOB, jsonl:FILE_OR_GLOB, text:FILE_OR_DIR, hub:OWNER/NAME[@revision][:glob], "
     "tokens:DIR"
@@ -164,30 +164,18 @@ def _parquet_source(
             raise UserError(
                 f"{uri} has no {role} shard with rows", "fetch shards: python -m scripts.data --help"
             )
-    val = LocalShards(chunks["val"]) if "val" in chunks else None
+    # tokens were split when they were made: without a shard for validation there is none
+    val = LocalShards(chunks.get("val", [])) if "val" in chunks or column == "tokens" else None
     read = partial(read_group, column=column)
     train = LocalShards(chunks["train"])
     return FileSource(uri, train, read, identity, seed, val=val, damaged=damaged, **options)
 
 
 def _open_tokens(uri: str, path: Path, seed: int, damaged: str) -> FileSource:
-    if not (path / TOKENS_FILE).exists():
-        raise UserError(f"there is no {TOKENS_FILE} in {path}", "make one: python -m scripts.tok_shards")
-    facts = read_json(path / TOKENS_FILE)
-    if facts.get("format") != TOKENS_FORMAT:
-        problem = f"{path / TOKENS_FILE} has format {facts.get('format')}, this program reads {TOKENS_FORMAT}"
-        raise UserError(problem, "make the shards again: python -m scripts.tok_shards")
-    entries = verified(facts["shards"], path)
-    return _parquet_source(
-        uri,
-        path,
-        entries,
-        seed,
-        damaged,
-        "tokens",
-        dtype=np.dtype(facts["dtype"]),
-        tokenizer=facts["tokenizer"],
-    )
+    facts = read_facts(path)
+    dtype, tokenizer = np.dtype(facts["dtype"]), facts["tokenizer"]
+    shards = facts["shards"]
+    return _parquet_source(uri, path, shards, seed, damaged, "tokens", dtype=dtype, tokenizer=tokenizer)
 
 
 def _open_lines(kind: str, where: str, seed: int) -> FileSource:
