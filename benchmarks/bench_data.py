@@ -2,14 +2,14 @@
 
     python benchmarks/bench_data.py --data=parquet:DIR --megabytes=50 --csv=auto
 
-Pipelines, each in a process of its own, best of three, seconds of CPU time (so that a busy machine counts little):
+Pipelines, each in a process of its own, best of three, in seconds of CPU time (a busy machine counts little):
 
     text       parquet -> Arrow -> our tokenizer -> CropPacker -> tensors
     tokens     the same from pre-tokenized shards (scripts.tok_shards)
     usual      parquet -> Python list -> tiktoken, one thread -> best fit over Python lists -> tensors
 
-Then training steps of a small model through nanochat.train.loop.fit: seconds waited for data over seconds. Without
---data, documents of the embedded corpus are written to a temporary folder first.
+Then training steps of a small model through nanochat.train.loop.fit: seconds waited for data over seconds.
+Without --data, documents of the embedded corpus are written to a temporary folder first.
 """
 
 from __future__ import annotations
@@ -114,7 +114,6 @@ def measures(num_bytes: float, tokens: int, dropped: int, seconds: float) -> dic
 
 def wait(uri: str, tok: Any, steps: int) -> dict[str, float]:
     """Training steps of depth 4, width 256, T = 512, on CUDA if there is one: the share of waiting."""
-    import torch
 
     from nanochat import runtime, scaling
     from nanochat.data.loader import DocumentBatches

@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.data.blocks import in_blocks
-from nanochat.data.loader import IGNORED, Batch, ConversationBatches, DocumentBatches, validation_batches
+from nanochat.data.loader import (
+    IGNORED,
+    Batch,
+    ConversationBatches,
+    DocumentBatches,
+    packing_facts,
+    validation_batches,
+)
+from nanochat.data.pack import CropPacker
 from nanochat.errors import UserError
 
 BOS, END = 256, 257
@@ -148,6 +156,35 @@ def test_a_cursor_of_another_tokenizer_length_or_policy_is_refused():
             cursor=cursor,
             buffer_docs=20,
         )
+
+
+def test_a_cursor_is_a_value_whenever_it_is_made():
+    batches = take(documents(), 6)
+    late = [batch.cursor for batch in batches]
+    with documents() as again:
+        early = [next(again).cursor for _ in range(6)]
+    for one, other in zip(early, late):
+        assert one["source"] == other["source"] and one["packer"]["counts"] == other["packer"]["counts"]
+        assert np.array_equal(one["packer"]["tokens"], other["packer"]["tokens"])
+
+
+def test_packing_facts_are_exact():
+    cursor = take(documents(), 20)[-1].cursor
+    facts = packing_facts(cursor)["packing"]
+    buffered = int(cursor["packer"]["lengths"].sum())
+    assert facts["tokens_in"] + facts["bos_added"] == facts["tokens_out"] + facts["tokens_dropped"] + buffered
+    assert facts["tokens_out"] == 20 * 2 * 25 and facts["rows"] == 40
+    assert facts["dropped_frac"] == pytest.approx(
+        facts["tokens_dropped"] / (1000 + facts["tokens_dropped"]), abs=1e-6
+    )
+    assert packing_facts(None) == packing_facts({"row": 3}) == {}
+
+
+def test_pieces_do_not_hold_the_blocks_they_came_from():
+    cursor_pieces = CropPacker(25, BOS)
+    block = np.full(10_000, BOS, dtype=np.int32)
+    cursor_pieces.add(block[:20])
+    assert cursor_pieces._pieces[0].base is None or cursor_pieces._pieces[0].base is not block
 
 
 def loader_threads():
