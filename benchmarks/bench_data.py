@@ -132,7 +132,8 @@ def wait(uri: str, tok: Any, steps: int) -> dict[str, float]:
     optimizer = model.setup_optimizer(batch_tokens=plan.batch_tokens, weight_decay=plan.weight_decay)
     seen: list[tuple[float, float]] = []
     source = open_source(uri, home=Home.find(), seed=1)
-    with DocumentBatches(source, tok, sequence_len=512, device_batch=8, rt=rt) as batches:
+    loader = DocumentBatches(source, tok, sequence_len=512, device_batch=8, rt=rt)
+    with loader as batches:
         fit(
             model, optimizer, batches, num_steps=steps + 1, accum=1, schedule=lambda _: Rates(1.0, 0.9), rt=rt,
             hooks=[lambda state: seen.append((state.wait_seconds, state.step_seconds))], state=TrainState(),

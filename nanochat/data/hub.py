@@ -78,13 +78,19 @@ def list_shards(
 
 
 def dataset_files(
-    name: str, pattern: str, *, home: Home | None = None, mirror: str | None = None, offline: bool = False
-) -> list[Path]:
-    """Verified local files of OWNER/NAME whose path matches, fetched if need be, by name; at least one."""
+    name: str, pattern: str, *, home: Home | None = None, mirror: str | None = None, offline: bool = False,
+    rehash: bool = False,
+) -> list[Path]:  # fmt: skip
+    """Verified local files of OWNER/NAME whose path matches, fetched if need be, by name; at least one.
+
+    rehash: hash also what has been verified before, and fetch anew what has changed since.
+    """
     repo = open_repo(name, home, mirror, offline)
     names = [entry["name"] for entry in _matching(repo, pattern)]
     if not names:
         raise UserError(f"{name} has no file that matches {pattern!r}", "check the pattern, or the mirror")
+    if rehash:
+        verify(repo, names)
     return [repo.directory / entry["name"] for entry in fetch(repo, names)]
 
 
@@ -154,12 +160,12 @@ def _failures(jobs: dict[Future[Entry], str], entries: dict[str, Entry]) -> dict
     return dict(sorted(failed.items()))
 
 
-def verify(repo: Repo) -> list[str]:
-    """Hash all files recorded as verified; rename damaged ones to corrupt-NAME and return the bad names."""
+def verify(repo: Repo, names: list[str] | None = None) -> list[str]:
+    """Hash all files (or `names`) recorded as verified; rename damaged ones to corrupt-NAME and return them."""
     bad = []
     for entry in read_manifest(repo.directory)["shards"]:
-        path = repo.directory / entry["name"]
-        if entry["verified"] and not (path.exists() and hash_file(path) == entry["sha256"]):
+        path, asked = repo.directory / entry["name"], names is None or entry["name"] in names
+        if asked and entry["verified"] and not (path.exists() and hash_file(path) == entry["sha256"]):
             quarantine(repo, entry["name"])
             bad.append(entry["name"])
     return bad
