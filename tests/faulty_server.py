@@ -81,8 +81,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_plain(
                 302, b"", {"Location": f"http://localhost:{self.server.server_address[1]}{self.path}"}
             )
-        # "a moment ago", as a number and as a date
-        wait = {"429": "0", "503": "Fri, 21 Nov 2025 09:00:00 GMT"}.get(fault)
+        wait = self.server.retry_after.get(fault)
         return self.send_plain(int(fault), b"busy", {"Retry-After": wait} if wait else {})
 
     def listing(self):
@@ -109,6 +108,7 @@ def serve(files, faults=(), api=None):
     server.daemon_threads = True
     server.files, server.faults, server.api = dict(files), list(faults), api
     server.api_faults, server.tokens = [], []
+    server.retry_after = {"429": "0", "503": "Fri, 21 Nov 2025 09:00:00 GMT"}  # in the past
     server.requests, server.etag, server.commit = [], 1, "c" * 40
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()

@@ -74,6 +74,9 @@ class Numbers:
     def fingerprint(self):
         return "numbers"
 
+    def close(self):
+        pass
+
     def blocks(self, split, cursor=None):
         return in_blocks(self.documents(split, cursor))
 

@@ -3,15 +3,20 @@
 import itertools
 import json
 import threading
+import time
 
 import pytest
+import torch
 from faulty_server import serve
 from hub_files import FILES, MIRROR, NAME, SHARDS
+from small_home import TOK
 
 from nanochat.data import hub
+from nanochat.data.loader import DocumentBatches
 from nanochat.data.sources import open_source
 from nanochat.errors import UserError
 from nanochat.paths import Home
+from nanochat.runtime import Runtime
 
 SIZE = max(len(data) for name, data in FILES.items() if name.endswith(".parquet"))
 URI = f"hub:{NAME}"
@@ -50,14 +55,14 @@ def test_every_epoch_has_each_document_once_and_keeps_the_shards_together(straig
 
 
 def test_training_starts_with_the_first_shard(home, straight, monkeypatch):
-    started, true_fetch = threading.Event(), hub.fetch
+    started, true_fetch = threading.Event(), hub.fetch_one
     last = SHARDS[int(straight[EPOCH - 1].split()[1]) // 1000]  # of the first epoch
 
-    def fetch(repo, names, **options):
-        assert names != [last] or started.wait(10)
-        return true_fetch(repo, names, **options)
+    def fetch(repo, name, stop=None):
+        assert name != last or started.wait(10)
+        return true_fetch(repo, name, stop)
 
-    monkeypatch.setattr(hub, "fetch", fetch)
+    monkeypatch.setattr(hub, "fetch_one", fetch)
     with serve(MIRROR) as (_, url):
         documents = open_source(URI, home=home, seed=5, mirror=url).documents("train")
         assert on_disk(home) == {"shard_06542.parquet"}  # only validation is fetched beforehand
@@ -135,3 +140,17 @@ def test_two_processes_in_one_directory_do_not_hinder_each_other(home, straight,
             found[0].extend(text for text, _ in itertools.islice(one, 45))
             found[1].extend(text for text, _ in itertools.islice(other, 45))
     assert found[0] == found[1] == straight
+
+
+def test_closing_a_loader_that_waits_for_a_shard_takes_no_time(home, monkeypatch):
+    monkeypatch.setattr("nanochat.data.fetch.random.uniform", lambda *_: 50.0)
+    with serve(MIRROR, [None, None, *["503"] * 40]) as (server, url):
+        server.retry_after = {"503": "50"}
+        source = open_source(URI, home=home, seed=5, mirror=url)
+        rt = Runtime(torch.device("cpu"), torch.float32)
+        batches = DocumentBatches(source, TOK, sequence_len=16, device_batch=1, rt=rt)
+        while len(server.faults) > 37:  # all three are waiting
+            time.sleep(0.01)
+        start = time.monotonic()
+        batches.close()
+        assert time.monotonic() - start < 3

@@ -51,6 +51,9 @@ class Shards(Protocol):
     def repair(self, chunk: Chunk) -> bool:
         """Bring the file of a damaged chunk anew, if it can be had."""
 
+    def close(self) -> None:
+        """End all walks."""
+
 
 class LocalShards:
     """Files that are there: one shard."""
@@ -65,6 +68,9 @@ class LocalShards:
 
     def repair(self, chunk: Chunk) -> bool:
         return False
+
+    def close(self) -> None:
+        pass
 
 
 class FileSource:
@@ -88,6 +94,10 @@ class FileSource:
 
     def fingerprint(self) -> str:
         return self._fingerprint
+
+    def close(self) -> None:
+        """End what is going on: blocks that wait for a shard raise."""
+        self._train.close()
 
     def documents(self, split: str, cursor: Cursor | None = None) -> Iterator[tuple[str, Cursor]]:
         """(text, cursor) pairs: the blocks, one document at a time."""

@@ -112,7 +112,7 @@ def plain_file(
     return path
 
 
-def fetch(repo: Repo, names: list[str], quiet: bool = False) -> list[Entry]:
+def fetch(repo: Repo, names: list[str]) -> list[Entry]:
     """The entries of `names`, once every file is there and verified; files in parallel, a lock for each.
 
     UserError if one of them is not to be had, after all others have been tried.
@@ -120,14 +120,11 @@ def fetch(repo: Repo, names: list[str], quiet: bool = False) -> list[Entry]:
     wanted = set(names)
     entries = {entry["name"]: entry for entry in read_manifest(repo.directory)["shards"]}
     missing = [entries[name] for name in dict.fromkeys(names) if not is_here(repo, entries[name])]
+    _check_space(repo, missing)
     sizes = [entry["size"] for entry in missing]
-    size, free = sum(size or 0 for size in sizes), shutil.disk_usage(repo.directory).free
-    if size > max(0, free - RESERVED_BYTES):
-        problem = f"{repo.name}: {size / 1e9:.1f} GB to fetch, {free / 1e9:.1f} GB of disk are free"
-        raise UserError(problem, "ask for fewer shards, or choose another --home")
-    stop, total = threading.Event(), None if None in sizes else size
+    stop, total = threading.Event(), None if None in sizes else sum(sizes)
     with (
-        Progress(f"fetching {repo.name}", len(missing), total, quiet or not missing) as progress,
+        Progress(f"fetching {repo.name}", len(missing), total, quiet=not missing) as progress,
         ThreadPoolExecutor(NUM_PARALLEL) as pool,
     ):
         try:
@@ -147,6 +144,22 @@ def fetch(repo: Repo, names: list[str], quiet: bool = False) -> list[Entry]:
         )
         raise first if len(wanted) == 1 else UserError(problem, first.hint)
     return [entries[name] for name in names]
+
+
+def fetch_one(repo: Repo, name: str, stop: threading.Event | None = None) -> Entry:
+    """One file, as `fetch` would, without a word. Stopped once `stop` is set."""
+    entry = next(entry for entry in read_manifest(repo.directory)["shards"] if entry["name"] == name)
+    if is_here(repo, entry):
+        return entry
+    _check_space(repo, [entry])
+    return _fetch_one(repo, name, Progress("", 1, None, quiet=True), stop or threading.Event())
+
+
+def _check_space(repo: Repo, missing: list[Entry]) -> None:
+    size, free = sum(entry["size"] or 0 for entry in missing), shutil.disk_usage(repo.directory).free
+    if size > max(0, free - RESERVED_BYTES):
+        problem = f"{repo.name}: {size / 1e9:.1f} GB to fetch, {free / 1e9:.1f} GB of disk are free"
+        raise UserError(problem, "ask for fewer shards, or choose another --home")
 
 
 def _failures(jobs: dict[Future[Entry], str], entries: dict[str, Entry]) -> dict[str, UserError]:

@@ -70,16 +70,18 @@ class Batch:
 class Prefetched:
     """Iterates over batches that a thread makes ahead; what the thread raises, `next` raises.
 
-    `close()`, the end of `with`, or the last reference to it going away ends the thread.
+    cancel wakes the thread where it waits for something else than the queue. `close()`, the end of `with`, or the last reference to it going away ends the thread.
     """
 
-    def __init__(self, batches: Batches, device: torch.device) -> None:
+    def __init__(
+        self, batches: Batches, device: torch.device, cancel: Callable[[], None] = lambda: None
+    ) -> None:
         self._device = device
         self._queue: queue.Queue[Any] = queue.Queue(NUM_AHEAD)
         stop = threading.Event()
         args = (batches, self._queue, stop, device)
         thread = threading.Thread(target=_produce, args=args, name="batches", daemon=True)
-        self.close = weakref.finalize(self, _end, thread, stop)  # runs at interpreter exit, too
+        self.close = weakref.finalize(self, _end, thread, stop, cancel)  # runs at interpreter exit, too
         thread.start()
 
     def __iter__(self) -> Prefetched:
@@ -124,8 +126,9 @@ def _produce(batches: Batches, out: queue.Queue[Any], stop: threading.Event, dev
         batches.close()
 
 
-def _end(thread: threading.Thread, stop: threading.Event) -> None:
+def _end(thread: threading.Thread, stop: threading.Event, cancel: Callable[[], None]) -> None:
     stop.set()
+    cancel()
     if thread is not threading.current_thread():  # the garbage collector may run in the thread itself
         thread.join(timeout=10.0)
 
@@ -183,7 +186,7 @@ class DocumentBatches(Prefetched):
         _check_tokenizer(source, tok)
         position = cursor["source"] if cursor else None
         blocks = source.blocks("train", position)
-        super().__init__(_pack(blocks, position, tok, packer, device_batch, rt), rt.device)
+        super().__init__(_pack(blocks, position, tok, packer, device_batch, rt), rt.device, source.close)
 
 
 def _pack(

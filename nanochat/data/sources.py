@@ -54,6 +54,9 @@ class Source(Protocol):
     def documents(self, split: str, cursor: Cursor | None = None) -> Iterator[tuple[str, Cursor]]:
         """The same as (text, cursor) pairs."""
 
+    def close(self) -> None:
+        """End what is going on: blocks that wait for a shard raise."""
+
 
 def open_source(
     uri: str, *, home: Home, seed: int, num_shards: int | None = None, mirror: str | None = None,
@@ -93,6 +96,9 @@ class SyntheticSource:
 
     def fingerprint(self) -> str:
         return self._fingerprint
+
+    def close(self) -> None:
+        pass
 
     def blocks(self, split: str, cursor: Cursor | None = None) -> Iterator[Block]:
         return in_blocks(self.documents(split, cursor))

@@ -6,9 +6,11 @@ the manifest and are enforced when they are fetched again.
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from typing import Any
 
 from nanochat.data import hub
@@ -18,6 +20,7 @@ from nanochat.data.manifest import Entry, Repo, is_here, read_manifest
 from nanochat.errors import UserError
 
 NUM_AHEAD = 4
+TOLD_SECONDS = 5.0  # waiting longer than this is told
 LEAST_SHARDS = 3  # within a bound: the one in use, the one before (another process may be behind), the next
 
 
@@ -28,10 +31,12 @@ class ShardStream:
         self.repo, self.num, self.keep_bytes = repo, len(entries), keep_bytes
         self._names = [entry["name"] for entry in entries]
         self._repaired: set[str] = set()
+        self._walks: set[threading.Event] = set()
         self._check_bound(max((entry["size"] or 0 for entry in entries), default=0))
 
     def walk(self, turns: Iterator[Turn]) -> Iterator[tuple[Turn, list[Chunk]]]:
-        pool = ThreadPoolExecutor(NUM_AHEAD, thread_name_prefix="shards")
+        stop = threading.Event()
+        self._walks.add(stop)
         ahead: deque[tuple[Turn, Future[Any]]] = deque()
         used: list[str] = []
         waiting = next(turns, None)
@@ -42,17 +47,38 @@ class ShardStream:
                     fits = self._make_room(name, used, [self._names[t[2]] for t, _ in ahead])
                     if ahead and not fits:
                         break
-                    ahead.append((waiting, pool.submit(hub.fetch, self.repo, [name], quiet=True)))
+                    ahead.append((waiting, self._start(name, stop)))
                     waiting = next(turns, None)
                 turn, job = ahead.popleft()
                 name = self._names[turn[2]]
+                if not wait([job], TOLD_SECONDS).done:
+                    print(f"waiting for {name} of {self.repo.name} to arrive", file=sys.stderr, flush=True)
                 job.result()
                 if name in used:
                     used.remove(name)
                 used.append(name)
                 yield turn, parquet_chunks(self.repo.directory / name)[0]
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            stop.set()
+            self._walks.discard(stop)
+
+    def close(self) -> None:
+        """End all walks: who waits for a shard gets Stopped, what has arrived of it stays."""
+        for stop in tuple(self._walks):
+            stop.set()
+
+    def _start(self, name: str, stop: threading.Event) -> Future[Any]:
+        """Fetch in a thread of its own; a daemon, so that no download keeps a finished program alive."""
+        job: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                job.set_result(hub.fetch_one(self.repo, name, stop))
+            except BaseException as error:  # it belongs to who waits
+                job.set_exception(error)
+
+        threading.Thread(target=run, name="shards", daemon=True).start()
+        return job
 
     def repair(self, chunk: Chunk) -> bool:
         """Fetch a damaged shard once more; False where that has been tried, or nothing may be fetched."""
@@ -61,7 +87,7 @@ class ShardStream:
             return False
         self._repaired.add(name)
         hub.quarantine(self.repo, name)
-        hub.fetch(self.repo, [name], quiet=True)
+        hub.fetch_one(self.repo, name)
         return True
 
     def _make_room(self, name: str, used: list[str], ahead: list[str]) -> bool:
