@@ -130,13 +130,14 @@ def wait(uri: str, tok: Any, steps: int) -> dict[str, float]:
     model = GPT(GPTConfig(**plan.config()), rt.dtype).to(rt.device)
     model.init_weights(1)
     optimizer = model.setup_optimizer(batch_tokens=plan.batch_tokens, weight_decay=plan.weight_decay)
-    seen: list[tuple[float, float]] = []
+    seen: list[tuple[float, float]] = []  # (waited, whole) seconds of each step
     source = open_source(uri, home=Home.find(), seed=1)
     loader = DocumentBatches(source, tok, sequence_len=512, device_batch=8, rt=rt)
     with loader as batches:
         fit(
-            model, optimizer, batches, num_steps=steps + 1, accum=1, schedule=lambda _: Rates(1.0, 0.9), rt=rt,
-            hooks=[lambda state: seen.append((state.wait_seconds, state.step_seconds))], state=TrainState(),
+            model, optimizer, batches, num_steps=steps + 1, accum=1, schedule=lambda _: Rates(1.0, 0.9),
+            hooks=[lambda state: seen.append((state.wait_seconds, state.step_seconds))], rt=rt,
+            state=TrainState(),
         )  # fmt: skip
     waited, total = (sum(column) for column in zip(*seen[1:]))
     facts = {"wait_frac": round(waited / total, 6), "step_seconds": round(total / steps, 4)}

@@ -67,7 +67,10 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "cut_chunked":
             part = b"%x\r\n%b\r\n" % (len(part), bytes(part))
         with contextlib.suppress(OSError):
-            self.wfile.write(part)
+            for at in range(0, len(part), 1 << 14) if shared.pace else ():
+                self.wfile.write(part[at : at + (1 << 14)])
+                time.sleep(shared.pace)
+            self.wfile.write(b"" if shared.pace else part)
             if fault == "stall":
                 self.wfile.flush()
                 time.sleep(0.6)
@@ -107,7 +110,7 @@ def serve(files, faults=(), api=None):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     server.files, server.faults, server.api = dict(files), list(faults), api
-    server.api_faults, server.tokens = [], []
+    server.api_faults, server.tokens, server.pace = [], [], 0.0  # pace: seconds a 16 kB
     server.retry_after = {"429": "0", "503": "Fri, 21 Nov 2025 09:00:00 GMT"}  # in the past
     server.requests, server.etag, server.commit = [], 1, "c" * 40
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)

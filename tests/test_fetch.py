@@ -2,7 +2,11 @@
 
 import hashlib
 import random
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 from faulty_server import FAULTS, serve
@@ -10,6 +14,7 @@ from faulty_server import FAULTS, serve
 from nanochat.data.fetch import MAX_WAIT_SECONDS, Stopped, fetch_url, hash_file, retry_after
 from nanochat.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[1]
 DATA = random.Random(0).randbytes(300_000)
 SHA = hashlib.sha256(DATA).hexdigest()
 FAST = {"wait_seconds": 0.001, "stall_seconds": 0.3}
@@ -148,3 +153,33 @@ def test_retry_after_as_number_date_and_nonsense():
     assert retry_after("Fri, 21 Nov 2025 09:00:00 GMT", 1.5) == 0
     assert retry_after("Fri, 21 Nov 2125 09:00:00 GMT", 1.5) == MAX_WAIT_SECONDS
     assert retry_after("", 1.5) == retry_after("soon", 1.5) == retry_after("-3", 1.5) == 1.5
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from nanochat.data.fetch import fetch_url
+fetch_url(sys.argv[1], Path(sys.argv[2]), sys.argv[3], wait_seconds=0.001)
+"""
+
+
+def test_kill_9_at_any_moment_then_the_right_bytes_and_no_start_from_zero(tmp_path):
+    rng, dest = random.Random(4), tmp_path / "file"
+    command = [sys.executable, "-c", CHILD]
+    with serve({"file": DATA}, ["cut", None, "503"]) as (server, url):
+        server.pace = 0.02
+        for _ in range(6):
+            child = subprocess.Popen([*command, f"{url}/file", str(dest), SHA], cwd=ROOT)
+            seen = len(server.requests)
+            while len(server.requests) == seen and child.poll() is None:
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.1))
+            child.kill()
+            child.wait()
+            if dest.exists():
+                break
+        server.pace = 0.0
+        assert (dest if dest.exists() else fetch(url, dest)).read_bytes() == DATA
+        starts = [int(asked[6:-1]) if asked else 0 for _, _, asked in server.requests]
+    assert starts == sorted(starts), starts
+    assert starts[-1] > 100_000  # every try went on where the last one ended

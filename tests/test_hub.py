@@ -10,6 +10,7 @@ import pytest
 from faulty_server import FAULTS, serve
 from hub_files import FILES, MIRROR, NAME, SHARDS, api, parquet
 
+from nanochat import errors
 from nanochat.data import contact, hub
 from nanochat.data.progress import Progress
 from nanochat.data.sources import open_source
@@ -245,6 +246,17 @@ def test_names_that_cannot_be(home, mirror_dir):
         (directory / hub.MANIFEST).write_text(json.dumps({"shards": [entry]}))
         with pytest.raises(UserError, match="is not a manifest"):
             hub.read_manifest(directory)
+
+
+def test_the_script_fails_unless_everything_is_there_and_right(home, mirror_dir, capsys):
+    from scripts import data
+
+    arguments = [f"--home={home.root}", f"--source=hub:{NAME}", f"--mirror={mirror_dir}"]
+    (mirror_dir / "datasets" / NAME / SHARDS[1]).write_bytes(b"PAR1")
+    assert errors.run(data.main, [*arguments, "--shards=3"]) == 2
+    assert "1 of 4 files were not fetched, shard_00001.parquet" in capsys.readouterr().err
+    assert errors.run(data.main, [*arguments, "--shards=1"]) == 0
+    assert errors.run(data.main, [*arguments, "--shards=2", "--offline"]) == 2
 
 
 def test_the_script_fetches_verifies_and_reports(home, mirror_dir, capsys):

@@ -52,6 +52,10 @@ def fetch_url(
     mismatches, stop = 0, stop or threading.Event()
     transfer = _Transfer(url, part, headers or {}, on_bytes or (lambda _: None), stop)
     with locked(part):
+        if part.exists() and (sha256 or git_blob) and agrees(part, sha256, git_blob):
+            transfer.report(part.stat().st_size)  # a process was stopped before it could publish
+            transfer.publish(dest)
+            return dest
         for attempt in range(num_tries):
             wait = min(MAX_WAIT_SECONDS, wait_seconds * 2**attempt) * random.uniform(0.5, 1.0)
             try:
@@ -59,7 +63,7 @@ def fetch_url(
                 if not agrees(part, sha256, git_blob):
                     transfer.forget()
                     raise _Mismatch(f"the file does not have the hash {(sha256 or git_blob or '')[:12]}...")
-                publish(part, dest)
+                transfer.publish(dest)
                 return dest
             except urllib.error.HTTPError as error:
                 error.close()
@@ -94,6 +98,10 @@ class _Transfer:
     def report(self, have: int) -> None:
         self.on_bytes(have - self.reported)
         self.reported = have
+
+    def publish(self, dest: Path) -> None:
+        publish(self.part, dest)
+        self.etag_file.unlink(missing_ok=True)  # last: a part without it would be fetched from its beginning
 
     def forget(self) -> None:
         """Throw away what arrived."""
@@ -150,7 +158,6 @@ class _Transfer:
                         window, in_window = now, 0
             if end is not None and have != end:
                 raise OSError(f"cut at {have} of {end} bytes")
-        etag_file.unlink(missing_ok=True)
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
