@@ -3,7 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use crate::parallel::{self, Check};
-use crate::{learn, Cache, Counter, Error, Id, Splitter, Text, Vocab};
+use crate::{learn, Cache, Counter, Error, Id, Ids, Splitter, Text, Vocab};
 
 const BATCH_BYTES: usize = 256 << 10; // of text handed to a thread at once
 
@@ -20,7 +20,7 @@ pub struct Bpe {
 struct Worker {
     splitter: Splitter,
     cache: Cache,
-    ids: Vec<Id>,
+    ids: Ids,
 }
 
 /// An integer that ids are handed out as. The caller chooses one that holds the largest id.
@@ -58,7 +58,19 @@ impl Bpe {
 
     /// The ids of a text.
     pub fn encode(&self, text: &str) -> Result<Vec<Id>, Error> {
-        Ok(self.encode_batch(&[text], None, 1, &mut || Ok(()))?.0)
+        let mut worker = self.borrow_worker();
+        worker.ids.clear();
+        self.encode_with(&mut worker, text, &mut || Ok(()))?;
+        let ids = worker.ids.as_slice().to_vec();
+        self.return_worker(worker);
+        Ok(ids)
+    }
+
+    /// Appends the ids of a text to those of the worker.
+    fn encode_with(&self, worker: &mut Worker, text: &str, check: Check<'_>) -> Result<(), Error> {
+        let Worker { splitter, cache, ids } = worker;
+        let bytes = text.as_bytes();
+        splitter.for_each(text, check, |start, end| cache.encode(&self.vocab, bytes, start, end, ids))
     }
 
     /// The ids of all texts one after another, and where each text begins: text i is ids[at[i]..at[i + 1]].
@@ -75,19 +87,18 @@ impl Bpe {
         let batches = parallel::batches(texts, BATCH_BYTES);
         let init = || (self.borrow_worker(), Vec::new());
         let states = parallel::fold(&batches, threads, check, init, |(worker, done), poll, index, batch| {
-            let Worker { splitter, cache, ids } = worker;
-            ids.clear();
+            worker.ids.clear();
             let mut lengths = Vec::with_capacity(batch.len());
             for i in batch.clone() {
-                let start = ids.len();
+                let start = worker.ids.as_slice().len();
                 if let Some(text) = texts[i].text().map_err(|error| error.at(i))? {
-                    ids.extend(prepend);
-                    splitter.for_each(text, |piece| self.vocab.encode_piece(piece.as_bytes(), cache, ids))?;
+                    worker.ids.extend(prepend.as_slice());
+                    self.encode_with(worker, text, &mut || poll.poll())?;
                 }
-                lengths.push((ids.len() - start) as i64);
-                poll.poll()?;
+                lengths.push((worker.ids.as_slice().len() - start) as i64);
             }
-            done.push((index, ids.iter().map(|&id| I::of(id)).collect::<Vec<I>>(), lengths));
+            let ids: Vec<I> = worker.ids.as_slice().iter().map(|&id| I::of(id)).collect();
+            done.push((index, ids, lengths));
             Ok(())
         })?;
         let mut done = Vec::with_capacity(batches.len());
@@ -124,7 +135,7 @@ impl Bpe {
         idle.unwrap_or_else(|| Worker {
             splitter: self.splitter.clone(),
             cache: Cache::default(),
-            ids: Vec::new(),
+            ids: Ids::default(),
         })
     }
 
@@ -159,7 +170,7 @@ impl Trainer {
         check: &mut dyn FnMut() -> Result<(), Error>,
     ) -> Result<Bpe, Error> {
         check_vocab_size(vocab_size)?;
-        let merges = learn(self.counter.iter(), vocab_size - 256, check)?;
+        let merges = learn(self.counter.into_pieces(), vocab_size - 256, check)?;
         Ok(Bpe::new(self.splitter, Vocab::from_merges(&merges)?))
     }
 }

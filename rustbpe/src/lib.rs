@@ -19,24 +19,29 @@
 #[cfg(feature = "python")]
 mod arrow;
 mod bpe;
+mod cache;
+mod classes;
 mod count;
 mod error;
 mod merge;
 mod parallel;
 #[cfg(feature = "python")]
 mod python;
+mod scan;
+mod short;
 mod split;
 mod text;
 mod vocab;
 
 pub use bpe::{Bpe, Token, Trainer};
-pub use count::Counter;
+pub use cache::{Cache, Ids};
+pub use count::{Counter, Piece};
 pub use error::Error;
 pub use merge::{learn, Pair};
 pub use parallel::{available_threads, Check};
 pub use split::{Splitter, GPT4_PATTERN};
 pub use text::{ByteText, Text};
-pub use vocab::{Cache, Vocab};
+pub use vocab::Vocab;
 
 /// The id of a token. The 256 single bytes and one token per merge.
 pub type Id = u32;
