@@ -173,8 +173,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> Path:
     limited = (text for _, text in zip(range(20_000), some))
     tok = RustBPETokenizer.train_from_iterator(limited, args.vocab)
     tok.save(folder)
-    for counts in write_shards(source, tok, folder / "tokens", shard_bytes=1 << 28, num_threads=1):
-        pass
+    *_, counts = write_shards(source, tok, folder / "tokens", shard_bytes=1 << 28, num_threads=1)
     (folder / "bytes_per_token").write_text(str(counts["text_bytes"] / counts["tokens"]))
     return directory
 

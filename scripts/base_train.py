@@ -109,7 +109,7 @@ def train(cfg: Settings, rt: runtime.Runtime) -> None:
     num_shards = scaling.num_shards(plan.horizon_tokens, cfg.packing) if whole_hub else None
     source = open_source(
         cfg.data, home=home, seed=cfg.seed, num_shards=num_shards, mirror=cfg.mirror, offline=cfg.offline,
-        disk_gb=cfg.disk_gb, damaged=cfg.damaged,
+        disk_gb=cfg.disk_gb, damaged=cfg.damaged, quiet=not rt.is_main,
     )  # fmt: skip
     with open_stage("base", cfg, rt, {"tokenizer": tok.fingerprint(), "data": source.fingerprint()}) as stage:
         if stage.finished:

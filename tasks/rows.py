@@ -1,4 +1,4 @@
-"""Rows of a data set on the hub, read by `datasets` from verified local parquet files in a fixed random order."""
+"""Rows of a data set on the hub, read by `datasets` from verified local files in a fixed random order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tasks.base import Task
 def read_rows(files: list[Path], columns: tuple[str, ...], cache: Path) -> Any:
     """The columns of every file as one datasets.Dataset, mapped from an Arrow copy in `cache`, not loaded.
 
-    UserError if a file is damaged (pages with checksums are verified when the copy is made) or lacks a column.
+    UserError if a file is damaged or lacks a column.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

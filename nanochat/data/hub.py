@@ -112,7 +112,7 @@ def plain_file(
     return path
 
 
-def fetch(repo: Repo, names: list[str]) -> list[Entry]:
+def fetch(repo: Repo, names: list[str], quiet: bool = False) -> list[Entry]:
     """The entries of `names`, once every file is there and verified; files in parallel, a lock for each.
 
     UserError if one of them is not to be had, after all others have been tried.
@@ -124,7 +124,7 @@ def fetch(repo: Repo, names: list[str]) -> list[Entry]:
     sizes = [entry["size"] for entry in missing]
     stop, total = threading.Event(), None if None in sizes else sum(sizes)
     with (
-        Progress(f"fetching {repo.name}", len(missing), total, quiet=not missing) as progress,
+        Progress(f"fetching {repo.name}", len(missing), total, quiet or not missing) as progress,
         ThreadPoolExecutor(NUM_PARALLEL) as pool,
     ):
         try:
@@ -174,7 +174,7 @@ def _failures(jobs: dict[Future[Entry], str], entries: dict[str, Entry]) -> dict
 
 
 def verify(repo: Repo, names: list[str] | None = None) -> list[str]:
-    """Hash all files (or `names`) recorded as verified; rename damaged ones to corrupt-NAME and return them."""
+    """Hash all files (or `names`) recorded as verified; rename damaged ones to corrupt-NAME, return them."""
     bad = []
     for entry in read_manifest(repo.directory)["shards"]:
         path, asked = repo.directory / entry["name"], names is None or entry["name"] in names

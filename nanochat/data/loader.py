@@ -70,7 +70,8 @@ class Batch:
 class Prefetched:
     """Iterates over batches that a thread makes ahead; what the thread raises, `next` raises.
 
-    cancel wakes the thread where it waits for something else than the queue. `close()`, the end of `with`, or the last reference to it going away ends the thread.
+    cancel wakes the thread where it waits for something else than the queue. `close()`, the end of `with`, or
+    the last reference to it going away ends the thread.
     """
 
     def __init__(
@@ -213,12 +214,12 @@ def _cursor(made_by: str, where: Callable[[], Any], packed: Callable[[], Any]) -
 
 
 def packing_facts(cursor: Cursor | None) -> dict[str, Any]:
-    """What a run's report needs of its packing: the exact counts, and the shares of tokens lost and added."""
+    """What a run's report needs of its packing: the exact counts; what was lost and added as shares of what came in."""
     if not cursor or "packer" not in cursor:
         return {}
     count = {name: int(value) for name, value in cursor["packer"]["counts"].items()}
-    packed = max(1, count["tokens_out"] + count["tokens_dropped"])
-    shares = {"dropped_frac": count["tokens_dropped"] / packed, "bos_added_frac": count["bos_added"] / packed}
+    came = max(1, count["tokens_in"])
+    shares = {"dropped_frac": count["tokens_dropped"] / came, "bos_added_frac": count["bos_added"] / came}
     return {"packing": count | {key: round(value, 6) for key, value in shares.items()}}
 
 

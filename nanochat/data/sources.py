@@ -60,12 +60,12 @@ class Source(Protocol):
 
 def open_source(
     uri: str, *, home: Home, seed: int, num_shards: int | None = None, mirror: str | None = None,
-    offline: bool = False, disk_gb: float | None = None, damaged: str = "stop",
+    offline: bool = False, disk_gb: float | None = None, damaged: str = "stop", quiet: bool = False,
 ) -> Source:  # fmt: skip
     """The source named by `uri`. num_shards (None: all), mirror, offline and disk_gb concern `hub:` only.
 
     disk_gb bounds the training shards on disk (None: no bound); damaged says what a chunk does that cannot be
-    read as it was written: "stop" or "skip".
+    read as it was written: "stop" or "skip". quiet: no word about what is fetched.
     """
     kind, _, rest = uri.partition(":")
     if kind == "synthetic" and not rest:
@@ -73,7 +73,7 @@ def open_source(
     if not rest or kind not in ("parquet", "jsonl", "text", "hub", "tokens"):
         raise UserError(f"there is no data source {uri!r}", f"use one of {FORMS}")
     if kind == "hub":
-        return _open_hub(uri, rest, home, seed, num_shards, mirror, offline, disk_gb, damaged)
+        return _open_hub(uri, rest, home, seed, num_shards, mirror, offline, disk_gb, damaged, quiet)
     if kind == "parquet":
         return _open_parquet(uri, rest, seed, damaged)
     if kind == "tokens":
@@ -115,16 +115,16 @@ class SyntheticSource:
 
 def _open_hub(
     uri: str, spec: str, home: Home, seed: int, num_shards: int | None, mirror: str | None, offline: bool,
-    disk_gb: float | None, damaged: str,
+    disk_gb: float | None, damaged: str, quiet: bool,
 ) -> FileSource:  # fmt: skip
     """Validation is fetched here; training shards too where their hashes are not known, or offline."""
     repo, entries = hub.list_shards(spec, home, num_shards, mirror, offline)
     roles = {role: [entry for entry in entries if entry["role"] == role] for role in ("train", "val")}
     if offline or any(entry["sha256"] is None for entry in roles["train"]):
-        roles["train"] = hub.fetch(repo, [entry["name"] for entry in roles["train"]])
+        roles["train"] = hub.fetch(repo, [entry["name"] for entry in roles["train"]], quiet)
     val = None
     if roles["val"]:
-        roles["val"] = hub.fetch(repo, [entry["name"] for entry in roles["val"]])
+        roles["val"] = hub.fetch(repo, [entry["name"] for entry in roles["val"]], quiet)
         paths = [repo.directory / entry["name"] for entry in roles["val"]]
         val = LocalShards([chunk for path in paths for chunk in parquet_chunks(path)[0]])
     identity = ["by file", *([e["name"], e["role"], e["sha256"]] for e in roles["train"] + roles["val"])]
