@@ -214,7 +214,7 @@ def _cursor(made_by: str, where: Callable[[], Any], packed: Callable[[], Any]) -
 
 
 def packing_facts(cursor: Cursor | None) -> dict[str, Any]:
-    """What a run's report needs of its packing: the exact counts; what was lost and added as shares of what came in."""
+    """What a run tells of its packing: exact counts; what was lost and added as shares of what came in."""
     if not cursor or "packer" not in cursor:
         return {}
     count = {name: int(value) for name, value in cursor["packer"]["counts"].items()}

@@ -117,11 +117,12 @@ def _open_hub(
     uri: str, spec: str, home: Home, seed: int, num_shards: int | None, mirror: str | None, offline: bool,
     disk_gb: float | None, damaged: str, quiet: bool,
 ) -> FileSource:  # fmt: skip
-    """Validation is fetched here; training shards too where their hashes are not known, or offline."""
+    """Validation is fetched here, and training shards whose hashes are not known; offline, all must be there."""
     repo, entries = hub.list_shards(spec, home, num_shards, mirror, offline)
     roles = {role: [entry for entry in entries if entry["role"] == role] for role in ("train", "val")}
-    if offline or any(entry["sha256"] is None for entry in roles["train"]):
-        roles["train"] = hub.fetch(repo, [entry["name"] for entry in roles["train"]], quiet)
+    first = [entry["name"] for entry in roles["train"] if offline or entry["sha256"] is None]
+    there = {entry["name"]: entry for entry in hub.fetch(repo, first, quiet)}
+    roles["train"] = [there.get(entry["name"], entry) for entry in roles["train"]]
     val = None
     if roles["val"]:
         roles["val"] = hub.fetch(repo, [entry["name"] for entry in roles["val"]], quiet)
