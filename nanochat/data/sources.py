@@ -117,7 +117,7 @@ def _open_hub(
     uri: str, spec: str, home: Home, seed: int, num_shards: int | None, mirror: str | None, offline: bool,
     disk_gb: float | None, damaged: str, quiet: bool,
 ) -> FileSource:  # fmt: skip
-    """Validation is fetched here, and training shards whose hashes are not known; offline, all must be there."""
+    """Validation is fetched here, and training shards whose hash is not known; offline, all must be there."""
     repo, entries = hub.list_shards(spec, home, num_shards, mirror, offline)
     roles = {role: [entry for entry in entries if entry["role"] == role] for role in ("train", "val")}
     first = [entry["name"] for entry in roles["train"] if offline or entry["sha256"] is None]
