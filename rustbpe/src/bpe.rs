@@ -2,8 +2,10 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use crate::cache::{Cache, Ids};
 use crate::parallel::{self, Check};
-use crate::{learn, Cache, Counter, Error, Id, Ids, Splitter, Text, Vocab};
+use crate::short::{self, Pieces};
+use crate::{learn, Counter, Error, Id, Splitter, Text, Vocab};
 
 const BATCH_BYTES: usize = 256 << 10; // of text handed to a thread at once
 
@@ -19,6 +21,7 @@ pub struct Bpe {
 #[derive(Debug)]
 struct Worker {
     splitter: Splitter,
+    pieces: Pieces,
     cache: Cache,
     ids: Ids,
 }
@@ -68,9 +71,12 @@ impl Bpe {
 
     /// Appends the ids of a text to those of the worker.
     fn encode_with(&self, worker: &mut Worker, text: &str, check: Check<'_>) -> Result<(), Error> {
-        let Worker { splitter, cache, ids } = worker;
+        let Worker { splitter, pieces, cache, ids } = worker;
         let bytes = text.as_bytes();
-        splitter.for_each(text, check, |start, end| cache.encode(&self.vocab, bytes, start, end, ids))
+        let mut encode = |pieces: &[short::Found]| cache.encode(&self.vocab, bytes, pieces, ids);
+        let split = splitter.for_each(text, check, |start, end| pieces.push(bytes, start, end, &mut encode));
+        pieces.flush(encode);
+        split
     }
 
     /// The ids of all texts one after another, and where each text begins: text i is ids[at[i]..at[i + 1]].
@@ -134,6 +140,7 @@ impl Bpe {
         let idle = self.workers.lock().unwrap_or_else(PoisonError::into_inner).pop();
         idle.unwrap_or_else(|| Worker {
             splitter: self.splitter.clone(),
+            pieces: Pieces::default(),
             cache: Cache::default(),
             ids: Ids::default(),
         })

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use rustc_hash::FxHashMap;
 
-use crate::short::{self, Key};
+use crate::short::{self, Found, Key};
 use crate::{Id, Vocab};
 
 const SETS: usize = 1 << 16; // of 64 bytes: 4 MiB, which hold 97 % of the pieces of English prose
@@ -26,7 +26,7 @@ struct Entry {
 
 /// What one thread remembers of one vocabulary.
 #[derive(Debug)]
-pub struct Cache {
+pub(crate) struct Cache {
     sets: Vec<Set>,
     long: FxHashMap<Box<[u8]>, Range<u32>>,
     long_ids: Vec<Id>,
@@ -35,24 +35,24 @@ pub struct Cache {
 
 /// A list of ids with room at its end, so that a few can be written at once.
 #[derive(Debug, Default)]
-pub struct Ids {
+pub(crate) struct Ids {
     ids: Vec<Id>,
     len: usize,
 }
 
 impl Ids {
     /// The ids.
-    pub fn as_slice(&self) -> &[Id] {
+    pub(crate) fn as_slice(&self) -> &[Id] {
         &self.ids[..self.len]
     }
 
     /// Forgets the ids and keeps the room.
-    pub fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.len = 0;
     }
 
     /// Appends some ids.
-    pub fn extend(&mut self, some: &[Id]) {
+    pub(crate) fn extend(&mut self, some: &[Id]) {
         self.reserve(some.len());
         self.ids[self.len..self.len + some.len()].copy_from_slice(some);
         self.len += some.len();
@@ -88,19 +88,24 @@ impl Default for Cache {
 }
 
 impl Cache {
-    /// Appends the ids of the piece text[start..end] to `out`.
-    #[inline(always)]
-    pub fn encode(&mut self, vocab: &Vocab, text: &[u8], start: usize, end: usize, out: &mut Ids) {
-        let Some(key) = short::key(text, start, end) else {
-            return self.encode_long(vocab, &text[start..end], out);
-        };
-        let set = &self.sets[(short::hash(key) >> 32) as usize * SETS >> 32];
-        let found = set.0.iter().find(|entry| entry.key == key);
-        let Some(&Entry { ids: [first, rest @ ..], .. }) = found else {
-            return self.encode_new(vocab, key, &text[start..end], out);
-        };
-        let ids = [first & ((1 << COUNT_SHIFT) - 1), rest[0], rest[1], rest[2]];
-        out.extend_four(ids, (first >> COUNT_SHIFT) as usize);
+    /// Appends the ids of these pieces of `text` to `out`.
+    pub(crate) fn encode(&mut self, vocab: &Vocab, text: &[u8], pieces: &[Found], out: &mut Ids) {
+        for piece in pieces {
+            if piece.key == 0 {
+                self.encode_long(vocab, &text[piece.start..piece.end], out);
+                continue;
+            }
+            let set = &self.sets[slot(piece.key)];
+            // Which of the two it is must not be a branch: it would be guessed, often wrongly.
+            let [newer, older] = set.0.map(|entry| entry.key == piece.key);
+            if !(newer | older) {
+                self.encode_new(vocab, piece.key, &text[piece.start..piece.end], out);
+                continue;
+            }
+            let [first, rest @ ..] = set.0[usize::from(older)].ids;
+            let ids = [first & ((1 << COUNT_SHIFT) - 1), rest[0], rest[1], rest[2]];
+            out.extend_four(ids, (first >> COUNT_SHIFT) as usize);
+        }
     }
 
     /// A short piece that is not remembered.
@@ -117,7 +122,7 @@ impl Cache {
             let mut ids = [0; HELD];
             ids[..self.merged.len()].copy_from_slice(&self.merged);
             ids[0] |= (self.merged.len() as Id) << COUNT_SHIFT;
-            let Set([newer, older]) = &mut self.sets[(short::hash(key) >> 32) as usize * SETS >> 32];
+            let Set([newer, older]) = &mut self.sets[slot(key)];
             *older = *newer;
             *newer = Entry { key, ids };
         }
@@ -146,4 +151,10 @@ impl Cache {
             self.long.insert(piece.into(), start..self.long_ids.len() as u32);
         }
     }
+}
+
+/// Where a piece is kept.
+#[inline(always)]
+fn slot(key: Key) -> usize {
+    (short::hash(key) >> (64 - SETS.trailing_zeros())) as usize
 }

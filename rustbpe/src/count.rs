@@ -107,8 +107,7 @@ impl Counts {
     #[inline(always)]
     fn add(&mut self, key: Key, count: u64) {
         let mask = self.slots.len() - 1;
-        // The highest bits choose the slot; a table has at most 2^32.
-        let mut at = (short::hash(key) >> 32) as usize * self.slots.len() >> 32;
+        let mut at = (short::hash(key) >> (64 - self.slots.len().trailing_zeros())) as usize;
         loop {
             let slot = &mut self.slots[at & mask];
             if slot.key == key {

@@ -22,6 +22,7 @@ mod bpe;
 mod cache;
 mod classes;
 mod count;
+mod decode;
 mod error;
 mod merge;
 mod parallel;
@@ -34,8 +35,8 @@ mod text;
 mod vocab;
 
 pub use bpe::{Bpe, Token, Trainer};
-pub use cache::{Cache, Ids};
 pub use count::{Counter, Piece};
+pub use decode::Decoder;
 pub use error::Error;
 pub use merge::{learn, Pair};
 pub use parallel::{available_threads, Check};

@@ -1,5 +1,6 @@
 //! The border to Python, and nothing else: conversions, errors, the GIL and signals.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -10,7 +11,7 @@ use pyo3::types::{PyByteArray, PyBytes, PyDict, PyList, PyString};
 
 use crate::arrow::Source;
 use crate::bpe::check_vocab_size;
-use crate::{available_threads, Bpe, Check, Error, Id, Splitter, Trainer, Vocab, GPT4_PATTERN};
+use crate::{available_threads, Bpe, Check, Decoder, Error, Id, Splitter, Trainer, Vocab, GPT4_PATTERN};
 
 const BUFFER_BYTES: usize = 8 << 20; // counted in well under a second, so that Ctrl-C is heard in time
 const SIGNAL_PERIOD: Duration = Duration::from_millis(100);
@@ -62,7 +63,12 @@ impl PyTokenizer {
     /// `buffer_size` at a time (or 8 MiB, if that is less) and counted in parallel without the GIL. Without a
     /// pattern, GPT-4's is used. Deterministic: the highest count first, then the smaller pair of ids. Ctrl-C
     /// stops it and leaves the tokenizer as it was.
-    #[pyo3(signature = (iterator, vocab_size, buffer_size = 8192, pattern = None))]
+    ///
+    /// `progress(merges, of)` is called about ten times a second while merges are learned, and at their end; its
+    /// exceptions stop the training.
+    #[pyo3(signature = (iterator, vocab_size, buffer_size = 8192, pattern = None, num_threads = None,
+                        progress = None))]
+    #[allow(clippy::too_many_arguments)] // all but two have defaults and names in Python
     fn train_from_iterator(
         &self,
         py: Python<'_>,
@@ -70,9 +76,12 @@ impl PyTokenizer {
         vocab_size: usize,
         buffer_size: usize,
         pattern: Option<&str>,
+        num_threads: Option<usize>,
+        progress: Option<Py<PyAny>>,
     ) -> PyResult<()> {
         check_vocab_size(vocab_size)?;
-        let mut trainer = Trainer::new(Splitter::new(pattern.unwrap_or(GPT4_PATTERN))?, available_threads());
+        let splitter = Splitter::new(pattern.unwrap_or(GPT4_PATTERN))?;
+        let mut trainer = Trainer::new(splitter, threads(num_threads));
         let mut buffer: Vec<PyBackedStr> = Vec::new();
         let mut bytes = 0;
         for item in iterator.try_iter()? {
@@ -95,10 +104,22 @@ impl PyTokenizer {
                 py.check_signals()?;
             }
         }
-        let bpe = without_gil(py, |check| {
-            trainer.add(&buffer, check)?;
-            trainer.finish(vocab_size, check)
+        without_gil(py, |check| trainer.add(&buffer, check))?;
+        drop(buffer);
+        let wanted = vocab_size - 256;
+        let merged = AtomicUsize::new(0);
+        let tell = |py: Python<'_>| match &progress {
+            Some(progress) => progress.call1(py, (merged.load(Ordering::Relaxed), wanted)).map(drop),
+            None => Ok(()),
+        };
+        let bpe = without_gil_telling(py, &tell, |check| {
+            trainer.finish(vocab_size, &mut || {
+                merged.fetch_add(1, Ordering::Relaxed);
+                check()
+            })
         })?;
+        merged.store(bpe.vocab().len() - 256, Ordering::Relaxed);
+        tell(py)?;
         *self.bpe.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(bpe);
         Ok(())
     }
@@ -212,8 +233,39 @@ impl PyTokenizer {
         Ok(PyBytes::new(py, &py.detach(|| bpe.decode(&ids))?))
     }
 
+    /// A decoder for ids that arrive one by one.
+    fn decoder(&self) -> PyDecoder {
+        PyDecoder { bpe: self.bpe(), decoder: Decoder::default() }
+    }
+
     fn __repr__(&self) -> String {
         format!("Tokenizer(vocab_size={})", self.vocab_size())
+    }
+}
+
+/// Text while its ids arrive: what push() returns, one after another, and finish() at the end, is what decode()
+/// gives for all ids at once. A character that is not whole yet is held back.
+#[pyclass(name = "Decoder", module = "rustbpe")]
+struct PyDecoder {
+    bpe: Arc<Bpe>,
+    decoder: Decoder,
+}
+
+#[pymethods]
+impl PyDecoder {
+    /// The text that is certain after one more id.
+    fn push(&mut self, id: Id) -> PyResult<String> {
+        Ok(self.decoder.push(self.bpe.vocab().token(id)?))
+    }
+
+    /// The same for bytes, such as the name of a special token.
+    fn push_bytes(&mut self, bytes: &[u8]) -> String {
+        self.decoder.push(bytes)
+    }
+
+    /// The rest: U+FFFD if a character was left unfinished.
+    fn finish(&mut self) -> String {
+        self.decoder.finish()
     }
 }
 
@@ -269,6 +321,15 @@ fn without_gil<R: Send>(
     py: Python<'_>,
     work: impl FnOnce(Check<'_>) -> Result<R, Error> + Send,
 ) -> PyResult<R> {
+    without_gil_telling(py, &|_| Ok(()), work)
+}
+
+/// The same, and calls `tell` each time.
+fn without_gil_telling<R: Send>(
+    py: Python<'_>,
+    tell: &(dyn Fn(Python<'_>) -> PyResult<()> + Sync),
+    work: impl FnOnce(Check<'_>) -> Result<R, Error> + Send,
+) -> PyResult<R> {
     let (result, signal) = py.detach(|| {
         let mut signal = None;
         let mut heard = Instant::now();
@@ -277,7 +338,7 @@ fn without_gil<R: Send>(
                 return Ok(());
             }
             heard = Instant::now();
-            Python::attach(|py| py.check_signals()).map_err(|error| {
+            Python::attach(|py| py.check_signals().and_then(|()| tell(py))).map_err(|error| {
                 signal = Some(error);
                 Error::Interrupted
             })
@@ -291,5 +352,6 @@ fn without_gil<R: Send>(
 #[pymodule(gil_used = false)]
 fn rustbpe(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_class::<PyDecoder>()?;
     module.add_class::<PyTokenizer>()
 }

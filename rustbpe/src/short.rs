@@ -29,6 +29,48 @@ fn near_the_end(piece: &[u8]) -> u128 {
     u128::from_le_bytes(sixteen)
 }
 
+/// A piece found in a text.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Found {
+    /// Its key, or 0 if it is too long to have one.
+    pub(crate) key: Key,
+    pub(crate) start: usize,
+    pub(crate) end: usize,
+}
+
+/// Pieces that wait for being looked up. The looks at a large table are then close together, so that the
+/// processor fetches its memory for many of them at once.
+#[derive(Debug)]
+pub(crate) struct Pieces {
+    pieces: [Found; 64],
+    len: usize,
+}
+
+impl Default for Pieces {
+    fn default() -> Self {
+        Pieces { pieces: [Found::default(); 64], len: 0 }
+    }
+}
+
+impl Pieces {
+    /// Adds text[start..end], and hands all to `take` when there are many.
+    #[inline(always)]
+    pub(crate) fn push(&mut self, text: &[u8], start: usize, end: usize, take: impl FnOnce(&[Found])) {
+        let key = key(text, start, end).unwrap_or(0);
+        self.pieces[self.len] = Found { key, start, end };
+        self.len += 1;
+        if self.len == self.pieces.len() {
+            self.flush(take);
+        }
+    }
+
+    /// Hands over what is left.
+    pub(crate) fn flush(&mut self, take: impl FnOnce(&[Found])) {
+        take(&self.pieces[..self.len]);
+        self.len = 0;
+    }
+}
+
 /// A hash whose highest bits are the best ones.
 #[inline(always)]
 pub(crate) fn hash(key: Key) -> u64 {
