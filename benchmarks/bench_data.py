@@ -113,7 +113,7 @@ def measures(num_bytes: float, tokens: int, dropped: int, seconds: float) -> dic
 
 
 def wait(uri: str, tok: Any, steps: int) -> dict[str, float]:
-    """Training steps of depth 4, width 256, T = 512, on CUDA if there is one: the share of waiting."""
+    """Steps of depth 4, width 256, T = 512, four batches each: the share of waiting."""
 
     from nanochat import runtime, scaling
     from nanochat.data.loader import DocumentBatches
@@ -125,19 +125,19 @@ def wait(uri: str, tok: Any, steps: int) -> dict[str, float]:
     rt = runtime.start()
     plan = scaling.plan(
         4, aspect=64, head_dim=64, sequence_len=512, vocab_size=tok.get_vocab_size(), window_pattern="L",
-        num_steps=100, batch_tokens=4096, device_batch=8,
+        num_steps=100, batch_tokens=4096, device_batch=2,
     )  # fmt: skip
     model = GPT(GPTConfig(**plan.config()), rt.dtype).to(rt.device)
     model.init_weights(1)
     optimizer = model.setup_optimizer(batch_tokens=plan.batch_tokens, weight_decay=plan.weight_decay)
     seen: list[tuple[float, float]] = []  # (waited, whole) seconds of each step
     source = open_source(uri, home=Home.find(), seed=1)
-    loader = DocumentBatches(source, tok, sequence_len=512, device_batch=8, rt=rt)
+    loader = DocumentBatches(source, tok, sequence_len=512, device_batch=2, rt=rt, accum=plan.accum)
     with loader as batches:
         fit(
-            model, optimizer, batches, num_steps=steps + 1, accum=1, schedule=lambda _: Rates(1.0, 0.9),
-            hooks=[lambda state: seen.append((state.wait_seconds, state.step_seconds))], rt=rt,
-            state=TrainState(),
+            model, optimizer, batches, num_steps=steps + 1, accum=plan.accum, rt=rt, state=TrainState(),
+            schedule=lambda _: Rates(1.0, 0.9),
+            hooks=[lambda state: seen.append((state.wait_seconds, state.step_seconds))],
         )  # fmt: skip
     waited, total = (sum(column) for column in zip(*seen[1:]))
     facts = {"wait_frac": round(waited / total, 6), "step_seconds": round(total / steps, 4)}

@@ -122,9 +122,9 @@ def train(cfg: Settings, rt: runtime.Runtime) -> None:
             weight_decay=plan.weight_decay * cfg.decay_scale / cfg.lr_scale,
             lr_scale=cfg.lr_scale,
         )
-        T, B, N = cfg.sequence_len, cfg.device_batch, plan.num_steps
+        T, B, N, A = cfg.sequence_len, cfg.device_batch, plan.num_steps, plan.accum
         batches = partial(
-            DocumentBatches, source, tok, sequence_len=T, device_batch=B, rt=rt, policy=cfg.packing
+            DocumentBatches, source, tok, sequence_len=T, device_batch=B, rt=rt, policy=cfg.packing, accum=A
         )
 
         def schedule(step: int) -> Rates:
@@ -137,7 +137,7 @@ def train(cfg: Settings, rt: runtime.Runtime) -> None:
             fixed = validation_batches(source, tok, sequence_len=T, device_batch=B, rt=rt, num_rows=num_rows)
         run_stage(
             stage, cfg, model, optimizer, lambda cursor: batches(cursor=cursor),
-            num_steps=N, accum=plan.accum, schedule=schedule,
+            num_steps=N, accum=A, schedule=schedule,
             evaluate=evaluation("val_bpb", lambda: evaluate_bpb(model, fixed, tok.token_bytes(), rt), rt),
             sample=samples(model, tok, PROMPTS, rt), flops_per_token=model.estimate_flops(),
             recipe={"batch_tokens": plan.batch_tokens, "lr_scale": cfg.lr_scale},

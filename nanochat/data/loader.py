@@ -30,7 +30,7 @@ from nanochat.data.sources import Source
 from nanochat.errors import UserError
 
 IGNORED = -1  # the target of a position that does not count
-NUM_AHEAD = 2  # batches waiting in the queue; one more is in the making
+NUM_AHEAD = 2  # batches waiting in the queue beside those of a whole step; one more is in the making
 CACHED_TOKENS = 1 << 25  # of rendered conversations kept in memory, at 5 bytes
 
 Batches = Generator["Batch", None, None]
@@ -70,15 +70,16 @@ class Batch:
 class Prefetched:
     """Iterates over batches that a thread makes ahead; what the thread raises, `next` raises.
 
-    cancel wakes the thread where it waits for something else than the queue. `close()`, the end of `with`, or
-    the last reference to it going away ends the thread.
+    accum: the batches of a step, which are taken at once. cancel wakes the thread where it waits for
+    something else than the queue. `close()`, the end of `with`, or the last reference to it going away ends
+    the thread.
     """
 
     def __init__(
-        self, batches: Batches, device: torch.device, cancel: Callable[[], None] = lambda: None
+        self, batches: Batches, device: torch.device, accum: int, cancel: Callable[[], None] = lambda: None
     ) -> None:
         self._device = device
-        self._queue: queue.Queue[Any] = queue.Queue(NUM_AHEAD)
+        self._queue: queue.Queue[Any] = queue.Queue(NUM_AHEAD + accum)
         stop = threading.Event()
         args = (batches, self._queue, stop, device)
         thread = threading.Thread(target=_produce, args=args, name="batches", daemon=True)
@@ -171,7 +172,7 @@ class DocumentBatches(Prefetched):
 
     def __init__(
         self, source: Source, tok: Any, *, sequence_len: int, device_batch: int, rt: Any,
-        cursor: dict[str, Any] | None = None, buffer_docs: int = 1000, policy: str = "carry",
+        cursor: dict[str, Any] | None = None, buffer_docs: int = 1000, policy: str = "carry", accum: int = 1,
     ) -> None:  # fmt: skip
         packer = CropPacker(
             sequence_len + 1, tok.get_bos_token_id(), policy=policy, buffer_pieces=buffer_docs
@@ -187,7 +188,8 @@ class DocumentBatches(Prefetched):
         _check_tokenizer(source, tok)
         position = cursor["source"] if cursor else None
         blocks = source.blocks("train", position)
-        super().__init__(_pack(blocks, position, tok, packer, device_batch, rt), rt.device, source.close)
+        batches = _pack(blocks, position, tok, packer, device_batch, rt)
+        super().__init__(batches, rt.device, accum, source.close)
 
 
 def _pack(
@@ -309,7 +311,8 @@ class ConversationBatches(Prefetched):
         first, end = cursor["row"] if cursor else 0, self.num_rows + self.num_extra
         endless = itertools.chain.from_iterable(map(store.plan, itertools.count()))
         rows = itertools.islice(endless, first, self.num_rows if last == "blank" else None)
-        super().__init__(_lay_out(store, rows, first, end, device_batch, rt), rt.device)
+        accum = per_step // (device_batch * rt.world_size)
+        super().__init__(_lay_out(store, rows, first, end, device_batch, rt), rt.device, accum)
 
 
 def _lay_out(
