@@ -11,7 +11,7 @@ from faulty_server import serve
 from hub_files import FILES, MIRROR, NAME, SHARDS
 from small_home import TOK
 
-from nanochat.data import hub
+from nanochat.data import hub, stream
 from nanochat.data.loader import DocumentBatches
 from nanochat.data.sources import open_source
 from nanochat.errors import UserError
@@ -154,3 +154,24 @@ def test_closing_a_loader_that_waits_for_a_shard_takes_no_time(home, monkeypatch
         start = time.monotonic()
         batches.close()
         assert time.monotonic() - start < 3
+
+
+def test_a_shard_that_another_process_evicts_is_fetched_again(home, straight, monkeypatch):
+    true_chunks, evicted = stream.parquet_chunks, []
+
+    def chunks(path, *rest):
+        if path.name not in evicted and "0654" not in path.name:
+            evicted.append(path.name)
+            path.unlink(missing_ok=True)  # between the fetch and the look at it
+        return true_chunks(path, *rest)
+
+    monkeypatch.setattr(stream, "parquet_chunks", chunks)
+    with serve(MIRROR) as (_, url):
+        source = open_source(URI, home=home, seed=5, mirror=url)
+        found = []
+        for number, (text, _) in enumerate(itertools.islice(source.documents("train"), 2 * EPOCH)):
+            found.append(text)
+            if number % 35 == 0:  # and between two looks
+                for path in home.data_dir.rglob("shard_0000*.parquet"):
+                    path.unlink(missing_ok=True)
+    assert found == straight[: 2 * EPOCH] and len(evicted) == 3

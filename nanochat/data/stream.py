@@ -57,7 +57,7 @@ class ShardStream:
                 if name in used:
                     used.remove(name)
                 used.append(name)
-                yield turn, parquet_chunks(self.repo.directory / name)[0]
+                yield turn, self._chunks(name)
         finally:
             stop.set()
             self._walks.discard(stop)
@@ -80,9 +80,22 @@ class ShardStream:
         threading.Thread(target=run, name="shards", daemon=True).start()
         return job
 
+    def _chunks(self, name: str) -> list[Chunk]:
+        path = self.repo.directory / name
+        while True:
+            try:
+                return parquet_chunks(path)[0]
+            except UserError:
+                if path.exists():
+                    raise
+                hub.fetch_one(self.repo, name)  # another process has just evicted it
+
     def repair(self, chunk: Chunk) -> bool:
         """Fetch a damaged shard once more; False where that has been tried, or nothing may be fetched."""
         name = chunk.path.relative_to(self.repo.directory).as_posix()
+        if not chunk.path.exists():  # evicted by another process
+            hub.fetch_one(self.repo, name)
+            return True
         if name in self._repaired or (self.repo.offline and not self.repo.mirror_dir):
             return False
         self._repaired.add(name)
