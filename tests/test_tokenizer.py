@@ -233,6 +233,8 @@ def test_training_script(home: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (
         first.get_vocab_size() == 300 == result["vocab_size"] and first.fingerprint() == result["tokenizer"]
     )
+    shown = capsys.readouterr().out
+    assert "counting: 0.0 of at most 0.02 M characters" in shown and "merging: 35 of 35 merges" in shown
     assert result["chars"] == 20000 and result["bytes"] >= 20000 and result["bytes_per_token"] > 1
     capsys.readouterr()
     tok_train.main(argv)
@@ -270,6 +272,10 @@ def test_measuring_script(
     assert set(ratios["ours"]) == {*tok_eval.SAMPLES, "validation"} and ratios["gpt2"] == {}
     for name, text in tok_eval.SAMPLES.items():
         assert ratios["ours"][name] == len(text.encode()) / len(tok.encode(text))
-    assert "gpt2: not available" in shown and "Korean" in shown
+    speeds = result["mb_per_second"]
+    assert set(speeds["ours rustbpe"]) == set(ratios["ours"]) == set(speeds["ours tiktoken"])
+    assert min(speeds["ours rustbpe"].values()) > 0 and speeds["gpt2 tiktoken"] == {}
+    assert "gpt2: not available" in shown and "Korean" in shown and "MB/s, one thread" in shown
+    assert (Home.find().stage_dir("main", "tok_eval") / "tok_eval.png").read_bytes()[1:4] == b"PNG"
     tok_eval.main(["--preset=smoke", "--max-chars=3000"])
-    assert capsys.readouterr().out in shown
+    assert capsys.readouterr().out.splitlines()[0] in shown
