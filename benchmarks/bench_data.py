@@ -113,7 +113,7 @@ def measures(num_bytes: float, tokens: int, dropped: int, seconds: float) -> dic
 
 
 def wait(uri: str, tok: Any, steps: int) -> dict[str, float]:
-    """Steps of depth 4, width 256, T = 512, four batches each: the share of waiting."""
+    """Steps of depth 4, width 128, T = 512, four batches each: the share of waiting."""
 
     from nanochat import runtime, scaling
     from nanochat.data.loader import DocumentBatches
@@ -124,15 +124,15 @@ def wait(uri: str, tok: Any, steps: int) -> dict[str, float]:
 
     rt = runtime.start()
     plan = scaling.plan(
-        4, aspect=64, head_dim=64, sequence_len=512, vocab_size=tok.get_vocab_size(), window_pattern="L",
-        num_steps=100, batch_tokens=4096, device_batch=2,
+        4, aspect=32, head_dim=64, sequence_len=512, vocab_size=tok.get_vocab_size(), window_pattern="L",
+        num_steps=100, batch_tokens=2048, device_batch=1,
     )  # fmt: skip
     model = GPT(GPTConfig(**plan.config()), rt.dtype).to(rt.device)
     model.init_weights(1)
     optimizer = model.setup_optimizer(batch_tokens=plan.batch_tokens, weight_decay=plan.weight_decay)
     seen: list[tuple[float, float]] = []  # (waited, whole) seconds of each step
     source = open_source(uri, home=Home.find(), seed=1)
-    loader = DocumentBatches(source, tok, sequence_len=512, device_batch=2, rt=rt, accum=plan.accum)
+    loader = DocumentBatches(source, tok, sequence_len=512, device_batch=1, rt=rt, accum=plan.accum)
     with loader as batches:
         fit(
             model, optimizer, batches, num_steps=steps + 1, accum=plan.accum, rt=rt, state=TrainState(),
@@ -141,7 +141,7 @@ def wait(uri: str, tok: Any, steps: int) -> dict[str, float]:
         )  # fmt: skip
     waited, total = (sum(column) for column in zip(*seen[1:]))
     facts = {"wait_frac": round(waited / total, 6), "step_seconds": round(total / steps, 4)}
-    return facts | {"tokens_per_second": round(4096 * steps / total)}
+    return facts | {"tokens_per_second": round(2048 * steps / total)}
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> Path:
@@ -219,11 +219,10 @@ def main() -> None:
             for _ in range(1 if name == "wait" else args.repeats):
                 command = [sys.executable, __file__, "--one", name, str(directory), temporary]
                 more = [f"--megabytes={args.megabytes}", f"--steps={args.steps}"]
-                one_thread = {} if name == "wait" else {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
+                one_thread = os.environ | {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
                 done = subprocess.run(
-                    command + more, capture_output=True, text=True, check=True, cwd=ROOT,
-                    env=os.environ | one_thread,
-                )  # fmt: skip
+                    command + more, capture_output=True, text=True, check=True, cwd=ROOT, env=one_thread
+                )
                 found.append(json.loads(done.stdout.splitlines()[-1]))
             best = max(found, key=lambda row: row["tokens_per_second"])
             size = 512 if name == "wait" else T
