@@ -126,8 +126,10 @@ mod tests {
                 &mut || Ok(()),
                 || (),
                 |(), poll, _, &x| {
-                    while x == 1 && threads > 1 {
-                        poll.poll()?; // until the other thread fails
+                    if x == 1 && threads > 1 {
+                        loop {
+                            poll.poll()?; // until the other thread fails
+                        }
                     }
                     if x == 2 {
                         Err(Error::UnknownId(2))
@@ -158,7 +160,7 @@ mod tests {
     fn batches_cover_all() {
         let texts = ["", "aaaa", "b", "", "cccccccccc", ""];
         assert_eq!(batches(&texts, 5), [0..2, 2..5, 5..6]);
-        assert_eq!(batches(&texts, 1000), [0..6]);
+        assert_eq!(batches(&texts, 1000), vec![0..texts.len()]);
         assert!(batches::<&str>(&[], 5).is_empty());
     }
 }
