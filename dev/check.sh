@@ -9,4 +9,5 @@ bash dev/install.sh dev
 if command -v cargo >/dev/null; then
     cargo fmt --check --manifest-path rustbpe/Cargo.toml
     cargo clippy --quiet --all-targets --manifest-path rustbpe/Cargo.toml -- -D warnings
+    cargo clippy --quiet --features python --manifest-path rustbpe/Cargo.toml -- -D warnings
 fi

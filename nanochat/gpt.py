@@ -162,8 +162,8 @@ class GPT(nn.Module):
         self.backout_lambda = nn.Parameter(torch.empty(1))
 
     @torch.no_grad()
-    def init_weights(self, seed: int | None = None) -> None:
-        """Fill every parameter; with a seed, with the same values on every device."""
+    def init_weights(self, seed: int | None = None, smear: float = 0.0) -> None:
+        """Fill every parameter; with a seed, with the same values on every device. smear: smear_lambda's."""
         device = self.get_device()
         rng = None if seed is None else torch.Generator().manual_seed(seed)
 
@@ -192,7 +192,7 @@ class GPT(nn.Module):
         self.resid_lambdas.copy_(1.15 - 0.10 * depth)
         self.x0_lambdas.copy_(0.20 - 0.15 * depth)
         fill(self.smear_gate.weight, "positive", 0.02)
-        self.smear_lambda.zero_()
+        self.smear_lambda.fill_(smear)
         self.backout_lambda.fill_(0.2)
 
     @property

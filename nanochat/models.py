@@ -16,12 +16,12 @@ from nanochat.tokenizer import RustBPETokenizer
 CHAT_STAGES = ("rl", "sft", "mid", "base")  # the most trained first
 
 
-def build(config: GPTConfig, rt: Runtime, seed: int | None = None) -> GPT:
+def build(config: GPTConfig, rt: Runtime, seed: int | None = None, smear: float = 0.0) -> GPT:
     """A model on the runtime's device, with fresh weights if a seed is given, else uninitialised."""
     with rt.device:
         model = GPT(config, rt.dtype)
     if seed is not None:
-        model.init_weights(seed)
+        model.init_weights(seed, smear)
     return model
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -56,14 +57,27 @@ class RustBPETokenizer:
 
     @classmethod
     def train_from_iterator(
-        cls, texts: Iterable[str], vocab_size: int, pattern: str = SPLIT_PATTERN
+        cls,
+        texts: Iterable[Any],
+        vocab_size: int,
+        pattern: str = SPLIT_PATTERN,
+        progress: Callable[[int, int], None] | None = None,
     ) -> RustBPETokenizer:
-        """Train on `texts`; the special tokens count in `vocab_size`. A small text may yield fewer tokens."""
+        """Train on `texts`; the special tokens count in `vocab_size`. A small text may yield fewer tokens.
+
+        A text may also be an Arrow array of strings, which our rustbpe reads in place. `progress(merges, of)`
+        is called now and then, and not at all by the package from PyPI.
+        """
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
             raise ValueError(f"vocab_size must be at least {smallest}, found {vocab_size}")
         core = _rustbpe().Tokenizer()
-        core.train_from_iterator(map(_well_formed, texts), vocab_size - len(SPECIAL_TOKENS), pattern=pattern)
+        more: dict[str, Any] = {"pattern": pattern}
+        if hasattr(core, "encode_arrow"):
+            more["progress"] = progress
+        else:
+            texts = _each(texts)
+        core.train_from_iterator(map(_well_formed, texts), vocab_size - len(SPECIAL_TOKENS), **more)
         ranks = [(bytes(token), rank) for token, rank in core.get_mergeable_ranks()]
         return cls(ranks, pattern, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
 
@@ -206,6 +220,24 @@ class RustBPETokenizer:
         before = np.array(self._special(prepend), dtype=np.int32)
         return [np.concatenate([before, piece]) for piece in pieces] if before.size else pieces
 
+    def encode_arrow(
+        self, array: Any, prepend: Special = None, num_threads: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, offsets) of an Arrow array of strings: text i is tokens[offsets[i] : offsets[i + 1]].
+
+        `array` is a pyarrow Array or ChunkedArray, or anything else with `__arrow_c_array__` or
+        `__arrow_c_stream__`. tokens are uint16 if the vocabulary has at most 65,536 ids, else int32; offsets
+        are int64. `prepend` begins every text; a null is no text and has no tokens. ValueError for bytes that
+        are not UTF-8.
+        """
+        before = self._special(prepend)
+        tokens, offsets = self._core.encode_arrow(array, before[0] if before else None, num_threads)
+        return tokens.astype(self.token_dtype(), copy=False), offsets
+
+    def token_dtype(self) -> np.dtype:
+        """The smallest of uint16 and int32 that holds all ids."""
+        return np.dtype(np.uint16 if self._vocab_size <= 1 << 16 else np.int32)
+
     def _special(self, token: Special) -> list[int]:
         if token is None:
             return []
@@ -251,13 +283,45 @@ class RustBPETokenizer:
         return "|".join(pieces)
 
 
-def _well_formed(text: str) -> str:
-    """`text` without lone surrogates, which UTF-8 cannot hold: pairs are joined, others become U+FFFD."""
+@overload
+def _well_formed(text: str) -> str: ...
+
+
+@overload
+def _well_formed(text: Any) -> Any: ...
+
+
+def _well_formed(text: Any) -> Any:
+    """`text` without lone surrogates, which UTF-8 cannot hold: pairs are joined, others become U+FFFD.
+
+    What is no str (an Arrow array) stays as it is.
+    """
+    if not isinstance(text, str) or text.isascii():
+        return text
     try:
         text.encode()
         return text
     except UnicodeEncodeError:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _each(texts: Iterable[Any]) -> Iterator[str]:
+    """The texts one by one, those of Arrow arrays too; nulls are left out."""
+    for text in texts:
+        if isinstance(text, str):
+            yield text
+        else:
+            yield from (one for one in _strings(text).to_pylist() if one is not None)
+
+
+def _strings(array: Any) -> Any:
+    """Anything that speaks Arrow's PyCapsule interface, as pyarrow's Array or ChunkedArray of strings."""
+    import pyarrow as pa
+
+    strings = pa.array(array) if hasattr(array, "__arrow_c_array__") else pa.chunked_array(array)
+    if not (pa.types.is_string(strings.type) or pa.types.is_large_string(strings.type)):
+        raise TypeError(f"the Arrow array must be of type string or large_string, found {strings.type}")
+    return strings
 
 
 def _rustbpe() -> Any:
@@ -271,7 +335,7 @@ def _rustbpe() -> Any:
 def _core(ranks: Ranks, pattern: str) -> Any:
     """What encodes: our rustbpe if it is installed, else tiktoken."""
     rust = _rustbpe().Tokenizer
-    return rust.from_ranks(ranks, pattern) if hasattr(rust, "from_ranks") else _TiktokenCore(ranks, pattern)
+    return rust.from_ranks(ranks, pattern) if hasattr(rust, "encode_arrow") else _TiktokenCore(ranks, pattern)
 
 
 class _TiktokenCore:
@@ -294,3 +358,14 @@ class _TiktokenCore:
         batch = self.batch_encode(texts, num_threads)
         flat = np.fromiter((i for ids in batch for i in ids), dtype=np.int32)
         return bytearray(flat.tobytes()), [len(ids) for ids in batch]
+
+    def encode_arrow(
+        self, array: Any, prepend: int | None, num_threads: int | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        texts = _strings(array).to_pylist()
+        batch = self.batch_encode([text or "" for text in texts], num_threads or os.cpu_count() or 1)
+        before = [] if prepend is None else [prepend]
+        batch = [[] if text is None else before + ids for text, ids in zip(texts, batch)]
+        offsets = np.zeros(len(batch) + 1, dtype=np.int64)
+        np.cumsum([len(ids) for ids in batch], out=offsets[1:])
+        return np.fromiter((i for ids in batch for i in ids), dtype=np.int32, count=offsets[-1]), offsets

@@ -32,7 +32,7 @@ class Settings:
     home: str | None = setting(None, "directory of all runs (default: NANOCHAT_HOME, else the user's cache)")
     tag: str = setting("main", "name of the run")
     seed: int = setting(1, "seed of weights and data order")
-    data: str = setting("synthetic", "source: synthetic, parquet:DIR, jsonl:FILE, text:PATH, hub:OWNER/NAME")
+    data: str = setting("synthetic", "synthetic, parquet:, jsonl:, text:, hub: or tokens: (docs/data.md)")
     depth: int = setting(12, "layers; every other size follows from it")
     aspect: int = setting(64, "width per layer (channels)")
     head_dim: int = setting(128, "channels per attention head")
@@ -45,6 +45,7 @@ class Settings:
     batch_tokens: int | None = setting(None, "tokens per optimizer step (default: from the plan)")
     device_batch: int = setting(32, "rows per forward pass on one device")
     lr_scale: float = setting(1.0, "factor on the learning rates that follow the batch")
+    smear: float = setting(0.0, "what the scalar of smear begins with")
     smear_lr: float = setting(0.2, "learning rate of the scalars of smear and backout")
     decay_scale: float = setting(1.0, "factor on the planned weight decay")
     warmup: int = setting(40, "warm-up steps")
@@ -62,6 +63,8 @@ class Settings:
     wandb: str = setting("off", "off, offline or online")
     offline: bool = setting(False, "open no connection")
     mirror: str | None = setting(None, "directory or URL that replaces the hub (default: NANOCHAT_MIRROR)")
+    disk_gb: float | None = setting(None, "GB of training shards to keep (hub only; default: no bound)")
+    damaged: str = setting("stop", "stop or skip at a part of a file that cannot be read as it was written")
 
 
 def _preset(name: str, **more: Any) -> Settings:
@@ -69,12 +72,11 @@ def _preset(name: str, **more: Any) -> Settings:
     return Settings(**shape, **more)
 
 
-FAST = {"lr_scale": 7.0, "decay_scale": 0.3, "smear_lr": 0.03, "primer": "cpu-demo"}  # for runs of hundreds of steps: docs/decisions.md 18
+FAST = {"lr_scale": 7.0, "decay_scale": 0.3, "smear": 3.0, "smear_lr": 0.01, "primer": "cpu-demo"}
 HUB = "hub:karpathy/climbmix-400b-shuffle"
 PRESETS = {
-    "smoke": _preset(
-        "smoke", lr_scale=4.0, primer="smoke", eval_every=5, eval_tokens=4096, save_every=5, warmup=2, sample_every=10
-    ),
+    "smoke": _preset("smoke", lr_scale=4.0, primer="smoke", eval_every=5, eval_tokens=4096, save_every=5,
+                     warmup=2, sample_every=10),  # fmt: skip
     "cpu-demo": _preset("cpu-demo", eval_every=250, eval_tokens=65536, save_every=250, **FAST),
     "single-gpu": _preset("single-gpu", data=HUB),
     "speedrun": _preset("speedrun", data=HUB),
@@ -109,25 +111,24 @@ def train(cfg: Settings, rt: runtime.Runtime) -> None:
     whole_hub = cfg.data.split("@")[0] == HUB and cfg.data.count(":") == 1  # no pattern that chooses shards
     num_shards = scaling.num_shards(plan.horizon_tokens, cfg.packing) if whole_hub else None
     source = open_source(
-        cfg.data, home=home, seed=cfg.seed, num_shards=num_shards, mirror=cfg.mirror, offline=cfg.offline
-    )
+        cfg.data, home=home, seed=cfg.seed, num_shards=num_shards, mirror=cfg.mirror, offline=cfg.offline,
+        disk_gb=cfg.disk_gb, damaged=cfg.damaged, quiet=not rt.is_main,
+    )  # fmt: skip
     lessons = primer(cfg.primer, cfg.seed) if cfg.primer else None
     with open_stage("base", cfg, rt, {"tokenizer": tok.fingerprint(), "data": source.fingerprint()}) as stage:
         if stage.finished:
             rt.say(f"base: already finished, bits per byte {stage.finished.get('val_bpb')}")
             return
         rt.say(f"base: settings\n{config.describe(cfg)}\nbase: plan\n{config.describe(plan)}")
-        model = models.build(shape, rt, cfg.seed)
+        model = models.build(shape, rt, cfg.seed, cfg.smear)
         optimizer = model.setup_optimizer(
-            batch_tokens=plan.batch_tokens,
+            batch_tokens=plan.batch_tokens, lr_scale=cfg.lr_scale, smear_backout_lr=cfg.smear_lr,
             weight_decay=plan.weight_decay * cfg.decay_scale / cfg.lr_scale,
-            lr_scale=cfg.lr_scale,
-            smear_backout_lr=cfg.smear_lr,
-        )
-        T, B, N = cfg.sequence_len, cfg.device_batch, plan.num_steps
+        )  # fmt: skip
+        T, B, N, A = cfg.sequence_len, cfg.device_batch, plan.num_steps, plan.accum
         how: dict[str, Any] = {"sequence_len": T, "device_batch": B, "rt": rt}
-        batches = partial(DocumentBatches, source, tok, policy=cfg.packing, **how)
-        rows = Primed(lessons, batches, tok, seed=cfg.seed, accum=plan.accum, **how)
+        batches = partial(DocumentBatches, source, tok, policy=cfg.packing, accum=A, **how)
+        rows = Primed(lessons, batches, tok, seed=cfg.seed, accum=A, **how)
         P = rows.num_primer_steps
         rt.say(f"base: {P} steps of lessons, then {N} of documents")
         fixed: Iterable[Batch] = ()
@@ -135,7 +136,7 @@ def train(cfg: Settings, rt: runtime.Runtime) -> None:
             num_rows = max(1, cfg.eval_tokens // T)
             fixed = validation_batches(source, tok, num_rows=num_rows, **how)
         run_stage(
-            stage, cfg, model, optimizer, rows.batches, num_steps=P + N, accum=plan.accum,
+            stage, cfg, model, optimizer, rows.batches, num_steps=P + N, accum=A,
             schedule=partial(pretraining_rates, P, N, cfg.warmup, cfg.warmdown),
             evaluate=evaluation("val_bpb", lambda: evaluate_bpb(model, fixed, tok.token_bytes(), rt), rt),
             sample=samples(model, tok, PROMPTS, rt), flops_per_token=model.estimate_flops(),

@@ -28,7 +28,7 @@ class Settings:
     home: str | None = setting(
         None, "directory of all data and runs (default: NANOCHAT_HOME, else the cache)"
     )
-    source: str = setting("synthetic", "synthetic, parquet:DIR, jsonl:FILE, text:PATH or hub:OWNER/NAME")
+    source: str = setting("synthetic", "synthetic, parquet:, jsonl:, text:, hub: or tokens: (docs/data.md)")
     shards: int | None = setting(None, "training shards to have (hub only; default: all)")
     mirror: str | None = setting(None, "directory or URL that replaces the hub (default: NANOCHAT_MIRROR)")
     offline: bool = setting(False, "open no connection")
@@ -36,6 +36,7 @@ class Settings:
     measure: int = setting(0, "megabytes of text to encode and pack, for speed and waste (0: none)")
     sequence_len: int = setting(2048, "tokens per row, for --measure")
     seed: int = setting(1, "seed of the document order")
+    damaged: str = setting("stop", "stop or skip at a part of a file that cannot be read as it was written")
 
 
 _hub = Settings(source="hub:karpathy/climbmix-400b-shuffle")
@@ -61,8 +62,9 @@ def main(argv: list[str] | None = None) -> None:
         size, rows = sum(entry["size"] for entry in entries), sum(entry["rows"] for entry in entries)
         print(f"{len(entries)} shards, {size / 1e6:.1f} MB, {rows:,} documents: {directory}")
     source = open_source(
-        cfg.source, home=home, seed=cfg.seed, num_shards=cfg.shards, mirror=cfg.mirror, offline=cfg.offline
-    )
+        cfg.source, home=home, seed=cfg.seed, num_shards=cfg.shards, mirror=cfg.mirror, offline=cfg.offline,
+        damaged=cfg.damaged,
+    )  # fmt: skip
     print(f"{source.name}: fingerprint {source.fingerprint()[:16]}")
     if cfg.verify and isinstance(source, FileSource):
         for split in ("train", "val"):
@@ -73,31 +75,39 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure(source: Source, tok: RustBPETokenizer, cfg: Settings) -> None:
     """Print the speed of reading, encoding and packing on one core, and what each packing policy discards."""
-    texts, size = [], 0
+    blocks, size = [], 0
+    endless = source.blocks("train")
+    next(endless)  # the first one imports and opens
     start = time.process_time()
-    for text, _ in source.documents("train"):
-        texts.append(text)
-        size += len(text.encode())
+    for block in endless:
+        blocks.append(block)
+        size += block.array.nbytes
         if size >= cfg.measure * 1e6:
             break
     read = time.process_time() - start
     bos = tok.get_bos_token_id()
     start = time.process_time()
-    groups = [texts[i : i + 256] for i in range(0, len(texts), 256)]
-    documents = list(itertools.chain.from_iterable(tok.encode(g, prepend=bos, num_threads=1) for g in groups))
-    encoded = time.process_time() - start
-    num_tokens = sum(map(len, documents))
-    print(f"{len(texts):,} documents, {size / 1e6:.1f} MB, {num_tokens:,} tokens")
+    encoded = [
+        tok.encode_arrow(b.array, prepend=bos, num_threads=1) if b.dtype is None else b.tokens()
+        for b in blocks
+    ]
+    encode = time.process_time() - start
+    num_tokens = sum(len(tokens) for tokens, _ in encoded)
+    what = "text" if source.tokenizer is None else "tokens"
+    print(f"{sum(map(len, blocks)):,} documents, {size / 1e6:.1f} MB of {what}, {num_tokens:,} tokens")
     print(f"read    {size / 1e6 / read:7.1f} MB/s of one core")
-    print(f"encode  {size / 1e6 / encoded:7.1f} MB/s, {num_tokens / 1e6 / encoded:.2f}M tokens/s of one core")
+    if source.tokenizer is None:
+        speed = num_tokens / 1e6 / encode
+        print(f"encode  {size / 1e6 / encode:7.1f} MB/s, {speed:.2f}M tokens/s of one core")
     for policy in POLICIES:
         packer = CropPacker(cfg.sequence_len + 1, bos, policy=policy)
         row = np.empty(packer.row_tokens, dtype=np.int32)
         start = time.process_time()
-        for document in documents:
-            packer.add(document)
-            while not packer.wants_more:
-                packer.fill(row)
+        for tokens, offsets in encoded:
+            for first, end in itertools.pairwise(offsets.tolist()):
+                packer.add(tokens[first:end])
+                while not packer.wants_more:
+                    packer.fill(row)
         packed = time.process_time() - start
         count = packer.counts
         if not count["rows"]:

@@ -1,6 +1,9 @@
-"""How well the tokenizer compresses: bytes per token on samples and validation text, beside GPT-2 and GPT-4.
+"""Compression and speed of the tokenizer on samples and validation text, beside those of GPT-2 and GPT-4.
 
 python -m scripts.tok_eval
+
+Prints two tables and writes tok_eval.png. Speed is that of one thread, by rustbpe and by tiktoken on the same
+ranks; samples are short and repeated, so the speed on validation text says more.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import torch
 from nanochat import config, errors
 from nanochat.config import setting
 from nanochat.data.sources import open_source
+from nanochat.eval.tokenizers import ENGINES, num_bytes, plot, speed, table
 from nanochat.paths import Home
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
@@ -66,19 +70,28 @@ def main(argv: list[str] | None = None) -> None:
     inputs = {"tokenizer": tok.fingerprint(), "source": source.fingerprint()}
     with open_stage("tok_eval", cfg, Runtime(torch.device("cpu"), torch.float32), inputs) as stage:
         if stage.finished:
-            print(table(stage.finished["bytes_per_token"], stage.finished["bytes"]))
+            print(table("bytes per token", stage.finished["bytes_per_token"], stage.finished["bytes"]))
+            print(table("MB/s, one thread", stage.finished["mb_per_second"], stage.finished["bytes"]))
             return
         texts = {name: [text] for name, text in SAMPLES.items()}
         if cfg.max_chars > 0:
             texts["validation"] = first(source.documents("val"), cfg.max_chars)
-        sizes = {name: sum(len(text.encode("utf-8", "replace")) for text in texts[name]) for name in texts}
+        sizes = {name: num_bytes(text) for name, text in texts.items()}
         ratios: dict[str, dict[str, float]] = {}
+        speeds: dict[str, dict[str, float]] = {}
         for name in ("ours", *OTHERS):
             one = tok if name == "ours" else load(name, cfg.wait)
             counts = {what: sum(map(len, one.encode(texts[what]))) for what in texts} if one else {}
             ratios[name] = {what: sizes[what] / counts[what] for what in counts}
-        print(table(ratios, sizes))
-        stage.finish(bytes_per_token=ratios, bytes=sizes, vocab_size=tok.get_vocab_size())
+            for engine in ENGINES:
+                rates = {what: speed(one, texts[what], engine) for what in texts} if one else {}
+                speeds[f"{name} {engine}"] = rates
+        print(table("bytes per token", ratios, sizes))
+        print(table("MB/s, one thread", speeds, sizes))
+        plot(home.stage_dir(cfg.tag, "tok_eval") / "tok_eval.png", ratios, speeds)
+        stage.finish(
+            bytes_per_token=ratios, mb_per_second=speeds, bytes=sizes, vocab_size=tok.get_vocab_size()
+        )
 
 
 def first(documents: Iterable[tuple[str, Any]], max_chars: int) -> list[str]:
@@ -99,16 +112,6 @@ def load(name: str, wait: float) -> RustBPETokenizer | None:
     except errors.UserError as error:
         print(f"{name}: not available ({error.problem})")
         return None
-
-
-def table(ratios: dict[str, dict[str, float]], sizes: dict[str, int]) -> str:
-    """Bytes per token: a line a text, a column a tokenizer."""
-    lines = [f"{'bytes per token':16}{'bytes':>10}" + "".join(f"{name:>15}" for name in ratios)]
-    for what, size in sizes.items():
-        cells = [of.get(what) for of in ratios.values()]
-        shown = "".join(f"{'not available' if cell is None else format(cell, '.3f'):>15}" for cell in cells)
-        lines.append(f"{what:16}{size:>10,}{shown}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ python -m scripts.tok_train --data=text:novel.txt --vocab-size=4096
 from __future__ import annotations
 
 import itertools
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from nanochat.data.sources import Source, open_source
 from nanochat.paths import Home
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import FILE_NAME, RustBPETokenizer
+from nanochat.train.progress import Bar
 from nanochat.train.stage import open_stage
 
 CHECK_CHARS = 1_000_000  # of validation text, on which compression is measured
@@ -57,24 +57,21 @@ class Feed:
         self.documents = self.chars = self.bytes = 0
 
     def __iter__(self) -> Iterator[str]:
-        start = shown = time.monotonic()
-        for text, cursor in self.source.documents("train"):
-            epoch = cursor.get("at", [0])[0]  # only finite sources have epochs
-            if self.chars >= self.cfg.max_chars or epoch > 0:
-                break
-            text = text[: min(self.cfg.doc_cap, self.cfg.max_chars - self.chars)]
-            self.documents += 1
-            self.chars += len(text)
-            self.bytes += len(text.encode("utf-8", "replace"))
-            yield text
-            if (now := time.monotonic()) - shown > 2:
-                shown = now
-                self.show(now - start, "\r" if sys.stdout.isatty() else "\n")
-        self.show(time.monotonic() - start, "\n")
-
-    def show(self, seconds: float, end: str) -> None:
-        share = f"{self.chars / 1e6:.1f} of at most {self.cfg.max_chars / 1e6:g} M characters"
-        print(f"counting: {share}, {self.bytes / 1e6 / max(seconds, 1e-9):.1f} MB/s ", end=end, flush=True)
+        bar = Bar("counting", self.cfg.max_chars)
+        try:
+            for text, cursor in self.source.documents("train"):
+                epoch = cursor.get("at", [0])[0]  # only finite sources have epochs
+                if self.chars >= self.cfg.max_chars or epoch > 0:
+                    break
+                text = text[: min(self.cfg.doc_cap, self.cfg.max_chars - self.chars)]
+                self.documents += 1
+                self.chars += len(text)
+                self.bytes += len(text.encode("utf-8", "replace"))
+                yield text
+                share = f"{self.chars / 1e6:.1f} of at most {self.cfg.max_chars / 1e6:g} M characters"
+                bar.show(self.chars, f"{share}, {self.bytes / 1e6 / bar.seconds():.1f} MB/s")
+        finally:
+            bar.close()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -96,7 +93,11 @@ def main(argv: list[str] | None = None) -> None:
             print(f"tok_train: already finished, {stage.finished['vocab_size']:,} tokens in {path}")
             return
         start, feed = time.monotonic(), Feed(source, cfg)
-        tok = RustBPETokenizer.train_from_iterator(feed, cfg.vocab_size)
+        merging = Bar("merging", cfg.vocab_size)
+        tok = RustBPETokenizer.train_from_iterator(
+            feed, cfg.vocab_size, progress=lambda done, of: merging.show(done, f"{done:,} of {of:,} merges")
+        )
+        merging.close()
         seconds = time.monotonic() - start
         if earlier is not None and earlier != tok.fingerprint():
             kept = path.with_name(f"tokenizer-{earlier[:12]}.json")

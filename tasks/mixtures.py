@@ -24,7 +24,7 @@ PRESETS = (*EMBEDDED, "single-gpu", "speedrun")
 # The embedded lessons, in order: (conversations of the cpu-demo, per cent of each kind). Looking things up comes
 # before the documents (primer) and on the way to multiple choice (mid): docs/decisions.md 20.
 LESSONS: dict[str, list[tuple[int, dict[str, int]]]] = {
-    "primer": [(5300, {"reorder": 100}), (7700, {"reorder": 50, "lookup": 50})],
+    "primer": [(4000, {"reorder": 100}), (11500, {"reorder": 50, "lookup": 50})],
     "mid": [
         (2600, {"reorder": 50, "lookup": 50}),
         (6000, {"reorder": 15, "copy": 5, "lookup": 25, "quiz": 35, "facts": 20}),
@@ -37,8 +37,8 @@ LESSONS: dict[str, list[tuple[int, dict[str, int]]]] = {
     ],
     "sft": [
         (18000, {
-            "far_quiz": 8, "choice": 18, "copy": 4, "facts": 18, "letters": 17, "arithmetic": 12, "identity": 11,
-            "smalltalk": 3, "unknown": 2, "recall": 2, "spelling": 2, "story": 1, "mixed": 2,
+            "far_quiz": 8, "choice": 18, "copy": 4, "facts": 18, "letters": 17, "arithmetic": 12,
+            "identity": 11, "smalltalk": 3, "unknown": 2, "recall": 2, "spelling": 2, "story": 1, "mixed": 2,
         }),
     ],
 }  # fmt: skip
@@ -63,7 +63,9 @@ def mixture(
 def primer(preset: str, seed: int = 42) -> Task:
     """Lists to look things up in, which come before the documents of the embedded corpus."""
     if preset not in EMBEDDED:
-        raise UserError(f"a primer is one of {', '.join(EMBEDDED)}, found {preset!r}", "leave --primer out for none")
+        raise UserError(
+            f"a primer is one of {', '.join(EMBEDDED)}, found {preset!r}", "leave --primer out for none"
+        )
     return synthetic_mixture("primer", seed, NUM_SMOKE["primer"] if preset == "smoke" else None)
 
 

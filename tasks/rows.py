@@ -1,7 +1,8 @@
-"""Rows of a data set on the hub, read from its local parquet files in a fixed random order."""
+"""Rows of a data set on the hub, read by `datasets` from verified local files in a fixed random order."""
 
 from __future__ import annotations
 
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,17 @@ from nanochat.paths import Home
 from tasks.base import Task
 
 
-def read_table(files: list[Path], columns: tuple[str, ...]) -> Any:
-    """One pyarrow table of the columns from every file. UserError if a file is damaged or lacks a column."""
+def read_rows(files: list[Path], columns: tuple[str, ...], cache: Path) -> Any:
+    """The columns of every file as one datasets.Dataset, mapped from an Arrow copy in `cache`, not loaded.
+
+    UserError if a file is damaged or lacks a column.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    tables = []
     for path in files:
         try:
             missing = set(columns) - set(pq.read_schema(path).names)
-            if not missing:
-                tables.append(pq.read_table(path, columns=list(columns)).replace_schema_metadata(None))
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path} cannot be read: {error}", "delete the file and run again") from error
         if missing:
@@ -29,7 +30,16 @@ def read_table(files: list[Path], columns: tuple[str, ...]) -> Any:
                 f"{path} must have the columns {', '.join(columns)}; it lacks {', '.join(sorted(missing))}",
                 "delete the file and run again, or check the address of the mirror",
             )
-    return pa.concat_tables(tables)
+    import datasets
+
+    try:
+        return datasets.Dataset.from_parquet(
+            [os.fspath(path) for path in files], columns=list(columns), cache_dir=os.fspath(cache)
+        )
+    except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, OSError) as error:
+        where = ", ".join(path.name for path in files)
+        problem = f"{where} cannot be read: {' '.join(str(error.__cause__ or error).split())}"
+        raise UserError(problem, "delete the files and run again") from error
 
 
 class HubTask(Task):
@@ -42,24 +52,25 @@ class HubTask(Task):
         self.repo, self.pattern, self.columns, self.home = repo, pattern, columns, home
 
     @cached_property
-    def _table(self) -> Any:
+    def _rows(self) -> Any:
         from nanochat.data.hub import dataset_files
 
-        table = read_table(dataset_files(self.repo, self.pattern, home=self.home), self.columns)
-        if not table.num_rows:
+        files = dataset_files(self.repo, self.pattern, home=self.home, rehash=True)
+        rows = read_rows(files, self.columns, (self.home or Home.find()).data_dir / "arrow")
+        if not len(rows):
             raise UserError(f"{self.repo} has no rows in {self.pattern}", "check the address of the mirror")
-        return table
+        return rows
 
     @cached_property
     def _order(self) -> Any:
         import numpy as np
 
-        return np.random.default_rng(42).permutation(self._table.num_rows)
+        return np.random.default_rng(42).permutation(len(self._rows))
 
     def num_examples(self) -> int:
-        return int(self._table.num_rows)
+        return len(self._rows)
 
     def row(self, index: int) -> dict[str, Any]:
         """Row `index` in the permuted order, as Python values."""
-        found: dict[str, Any] = self._table.slice(int(self._order[index]), 1).to_pylist()[0]
+        found: dict[str, Any] = self._rows[int(self._order[index])]
         return found

@@ -9,7 +9,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 FAULTS = ("cut", "cut_no_length", "cut_chunked", "flip", "503", "500", "429", "drop", "wrong_range",
-          "ignore_range", "gzip", "new_etag", "stall")  # fmt: skip
+          "ignore_range", "gzip", "new_etag", "stall", "redirect")  # fmt: skip
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -25,18 +25,17 @@ class Handler(BaseHTTPRequestHandler):
         shared = self.server
         name = self.path.split("?")[0].lstrip("/")
         shared.requests.append((self.command, name, self.headers.get("Range")))
+        shared.tokens.append((self.headers["Host"], self.headers.get("Authorization")))
         if name.startswith("api/"):
-            return self.listing()
+            fault = shared.api_faults.pop(0) if shared.api_faults else None
+            return self.listing() if fault is None else self.misbehave(fault)
         name = re.sub(r"^datasets/([^/]+/[^/]+)/resolve/[0-9a-f]{40}/", r"datasets/\1/", name)
         data = shared.files.get(name)
         if data is None:
             return self.send_plain(404, b"")
         fault = shared.faults.pop(0) if body and shared.faults else None
-        if fault in ("429", "500", "503"):
-            return self.send_plain(int(fault), b"busy", {"Retry-After": "0"} if fault != "500" else {})
-        if fault == "drop":
-            self.close_connection = True
-            return self.connection.shutdown(socket.SHUT_RDWR)
+        if fault in ("429", "500", "503", "drop", "redirect"):
+            return self.misbehave(fault)
         etag = f'"{shared.etag + (fault == "new_etag")}"'
         found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         start = 0
@@ -68,11 +67,25 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "cut_chunked":
             part = b"%x\r\n%b\r\n" % (len(part), bytes(part))
         with contextlib.suppress(OSError):
-            self.wfile.write(part)
+            for at in range(0, len(part), 1 << 14) if shared.pace else ():
+                self.wfile.write(part[at : at + (1 << 14)])
+                time.sleep(shared.pace)
+            self.wfile.write(b"" if shared.pace else part)
             if fault == "stall":
                 self.wfile.flush()
                 time.sleep(0.6)
         return None
+
+    def misbehave(self, fault):
+        if fault == "drop":
+            self.close_connection = True
+            return self.connection.shutdown(socket.SHUT_RDWR)
+        if fault == "redirect":  # to another host name, as the hub does to its storage
+            return self.send_plain(
+                302, b"", {"Location": f"http://localhost:{self.server.server_address[1]}{self.path}"}
+            )
+        wait = self.server.retry_after.get(fault)
+        return self.send_plain(int(fault), b"busy", {"Retry-After": wait} if wait else {})
 
     def listing(self):
         body = json.dumps(self.server.api).encode()
@@ -97,6 +110,8 @@ def serve(files, faults=(), api=None):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     server.files, server.faults, server.api = dict(files), list(faults), api
+    server.api_faults, server.tokens, server.pace = [], [], 0.0  # pace: seconds a 16 kB
+    server.retry_after = {"429": "0", "503": "Fri, 21 Nov 2025 09:00:00 GMT"}  # in the past
     server.requests, server.etag, server.commit = [], 1, "c" * 40
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()

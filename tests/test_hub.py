@@ -3,43 +3,19 @@
 import hashlib
 import json
 import socket
+import time
+from functools import partial
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from faulty_server import serve
+from faulty_server import FAULTS, serve
+from hub_files import FILES, MIRROR, NAME, SHARDS, api, parquet
 
-from nanochat.data import hub
+from nanochat import errors
+from nanochat.data import contact, hub
+from nanochat.data.progress import Progress
 from nanochat.data.sources import open_source
 from nanochat.errors import UserError
 from nanochat.paths import Home
-
-NAME = "karpathy/climbmix-400b-shuffle"
-SHARDS = ("shard_00000.parquet", "shard_00001.parquet", "shard_00002.parquet", "shard_06542.parquet")
-
-
-def parquet(first):
-    sink = pa.BufferOutputStream()
-    texts = [f"document {n} of a shard" for n in range(first, first + 30)]
-    pq.write_table(pa.table({"text": texts}), sink, row_group_size=10, write_page_checksum=True)
-    return sink.getvalue().to_pybytes()
-
-
-FILES = {f"datasets/{NAME}/{name}": parquet(1000 * number) for number, name in enumerate(SHARDS)}
-FILES[f"datasets/{NAME}/README.md"] = b"a card"
-SUMS = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in FILES.items()).encode()
-MIRROR = FILES | {"SHA256SUMS": SUMS}
-
-
-def api():
-    siblings = []
-    for path, data in FILES.items():
-        entry = {"rfilename": path.removeprefix(f"datasets/{NAME}/"), "size": len(data)}
-        entry["blobId"] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-        if path.endswith(".parquet"):
-            entry["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
-        siblings.append(entry)
-    return {"id": NAME, "sha": "c" * 40, "siblings": siblings}
 
 
 @pytest.fixture
@@ -94,7 +70,7 @@ def test_a_mirror_that_holds_other_bytes_than_it_says_is_refused(home, mirror_di
         hub.fetch_shards(NAME, home=home, mirror=str(mirror_dir))
     assert not list(home.data_dir.rglob(SHARDS[1]))
     wrong = MIRROR | {f"datasets/{NAME}/{SHARDS[1]}": parquet(77)}
-    with serve(wrong) as (_, url), pytest.raises(UserError, match="does not have the sha256"):
+    with serve(wrong) as (_, url), pytest.raises(UserError, match="does not have the hash"):
         hub.fetch_shards(NAME, home=home, mirror=url)
     assert not list(home.data_dir.rglob(SHARDS[1]))
 
@@ -122,7 +98,7 @@ def test_the_hub_itself_revision_recorded_and_content_checked(home, monkeypatch)
         monkeypatch.setattr(hub, "RESERVED_BYTES", 0)
         assert hub.dataset_files(NAME, "README.md", home=home)[0].read_bytes() == b"a card"
         server.files[f"datasets/{NAME}/{SHARDS[1]}"] = parquet(77)
-        with pytest.raises(UserError, match="does not agree with its recorded size and hash"):
+        with pytest.raises(UserError, match=r"1 of 3 files were not fetched, shard_00001.*have the hash"):
             hub.fetch_shards(NAME, home=home, num_shards=2)
         assert not (directory / SHARDS[1]).exists()
         server.files[f"datasets/{NAME}/{SHARDS[1]}"] = FILES[f"datasets/{NAME}/{SHARDS[1]}"]
@@ -131,6 +107,66 @@ def test_the_hub_itself_revision_recorded_and_content_checked(home, monkeypatch)
         assert contents(directory, entries) == expected(*SHARDS[:2], SHARDS[3])
         pinned, _ = hub.fetch_shards(f"{NAME}@{'c' * 40}", home=home, num_shards=1)
         assert pinned != directory
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_hub_itself_with_every_fault(home, monkeypatch, fault):
+    true_fetch = contact.fetch_url
+    monkeypatch.setattr(contact, "fetch_url", partial(true_fetch, stall_seconds=0.3))
+    monkeypatch.setattr(contact, "LIST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with serve(FILES, [fault], api=api()) as (server, url):
+        server.api_faults = [fault] if fault in ("429", "500", "503", "drop") else []
+        monkeypatch.setenv("HF_ENDPOINT", url)
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        directory, entries = hub.fetch_shards(NAME, home=home, num_shards=1)
+        assert contents(directory, entries) == expected(SHARDS[0], SHARDS[3])
+        assert {host for host, token in server.tokens if token} == {url.removeprefix("http://")}
+    assert not list(directory.rglob("*.part")) and not server.faults
+
+
+def test_a_name_the_hub_does_not_know_is_told_at_once(home, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with serve({}) as (server, url):
+        server.api_faults = ["404"] * 9
+        monkeypatch.setenv("HF_ENDPOINT", url)
+        with pytest.raises(UserError, match="the hub does not list owner/none"):
+            hub.fetch_shards("owner/none", home=home)
+        assert len(server.requests) == 1
+
+
+def test_all_that_failed_is_told_and_all_else_is_there(home, mirror_dir):
+    for name in SHARDS[:2]:
+        (mirror_dir / "datasets" / NAME / name).unlink()
+    with pytest.raises(UserError) as caught:
+        hub.fetch_shards(NAME, home=home, mirror=str(mirror_dir))
+    assert "2 of 4 files were not fetched, shard_00000.parquet, shard_00001.parquet" in caught.value.problem
+    assert {path.name for path in home.data_dir.rglob("*.parquet")} == set(SHARDS[2:])
+
+
+def test_ctrl_c_ends_a_fetch_soon_and_keeps_what_arrived(home, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hub, "_failures", interrupt)
+    start = time.monotonic()
+    with serve(MIRROR, ["503"] * 40) as (_, url):
+        monkeypatch.setattr("nanochat.data.fetch.random.uniform", lambda *_: 60.0)
+        server_url = url
+        monkeypatch.setattr(contact, "_list_mirror", lambda repo: [{"name": name} for name in SHARDS])
+        with pytest.raises(KeyboardInterrupt):
+            hub.fetch_shards(NAME, home=home, mirror=server_url)
+    assert time.monotonic() - start < 5
+
+
+def test_progress_counts_in_plain_lines(home, mirror_dir, capsys):
+    hub.fetch_shards(NAME, home=home, mirror=str(mirror_dir))
+    assert f"fetching {NAME}: 4 of 4 files" in capsys.readouterr().out
+    with Progress("x", 2, 10_000_000) as progress:
+        progress.advance(5_000_000)
+        progress.advance(-1_000_000)
+        progress.file_done()
+        assert progress.line().startswith("1 of 2 files, 4.0 of 10.0 MB, ")
 
 
 def test_offline_opens_no_socket(home, mirror_dir, monkeypatch):
@@ -185,12 +221,12 @@ def test_plain_files_from_a_mirror_packed_or_not(home, mirror_dir):
 
 def test_plain_files_from_their_addresses(home, monkeypatch):
     with serve({"bundle": b"zip"}) as (server, url):
-        monkeypatch.setattr(hub, "PLAIN_URLS", {"eval_bundle.zip": f"{url}/bundle"})
+        monkeypatch.setattr(contact, "PLAIN_URLS", {"eval_bundle.zip": f"{url}/bundle"})
         path = hub.plain_file("eval_bundle.zip", home=home)
         assert path.read_bytes() == b"zip"
         path.unlink()
         server.files["bundle"] = b"new"  # the first contact's hash is enforced from then on
-        with pytest.raises(UserError, match="does not have the sha256"):
+        with pytest.raises(UserError, match="does not have the hash"):
             hub.plain_file("eval_bundle.zip", home=home)
 
 
@@ -210,6 +246,17 @@ def test_names_that_cannot_be(home, mirror_dir):
         (directory / hub.MANIFEST).write_text(json.dumps({"shards": [entry]}))
         with pytest.raises(UserError, match="is not a manifest"):
             hub.read_manifest(directory)
+
+
+def test_the_script_fails_unless_everything_is_there_and_right(home, mirror_dir, capsys):
+    from scripts import data
+
+    arguments = [f"--home={home.root}", f"--source=hub:{NAME}", f"--mirror={mirror_dir}"]
+    (mirror_dir / "datasets" / NAME / SHARDS[1]).write_bytes(b"PAR1")
+    assert errors.run(data.main, [*arguments, "--shards=3"]) == 2
+    assert "1 of 4 files were not fetched, shard_00001.parquet" in capsys.readouterr().err
+    assert errors.run(data.main, [*arguments, "--shards=1"]) == 0
+    assert errors.run(data.main, [*arguments, "--shards=2", "--offline"]) == 2
 
 
 def test_the_script_fetches_verifies_and_reports(home, mirror_dir, capsys):

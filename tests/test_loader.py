@@ -10,7 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.data.loader import IGNORED, Batch, ConversationBatches, DocumentBatches, validation_batches
+from nanochat.data.blocks import in_blocks
+from nanochat.data.loader import (
+    IGNORED,
+    Batch,
+    ConversationBatches,
+    DocumentBatches,
+    packing_facts,
+    validation_batches,
+)
+from nanochat.data.pack import CropPacker
 from nanochat.errors import UserError
 
 BOS, END = 256, 257
@@ -26,8 +35,10 @@ class ByteTokenizer:
     def encode_special(self, text):
         return {"<|assistant_end|>": END}[text]
 
-    def encode(self, texts, prepend=None, num_threads=1):
-        return [[prepend, *text.encode()] for text in texts]
+    def encode_arrow(self, array, prepend=None, num_threads=1):
+        ids = [[prepend, *text.encode()] for text in array.to_pylist()]
+        offsets = np.cumsum([0, *map(len, ids)])
+        return np.array([i for one in ids for i in one], dtype=np.uint16), offsets
 
     def render_conversation(self, conversation, max_tokens=2048):
         ids, mask = [BOS], [0]
@@ -55,13 +66,19 @@ class World:
 class Numbers:
     """A source whose documents are functions of their number; validation holds `num_val` of them."""
 
-    name = "numbers"
+    name, tokenizer = "numbers", None
 
     def __init__(self, num_val=40, fail_at=None):
         self.num_val, self.fail_at = num_val, fail_at
 
     def fingerprint(self):
         return "numbers"
+
+    def close(self):
+        pass
+
+    def blocks(self, split, cursor=None):
+        return in_blocks(self.documents(split, cursor))
 
     def documents(self, split, cursor=None):
         number = cursor["next"] if cursor else 0
@@ -142,6 +159,33 @@ def test_a_cursor_of_another_tokenizer_length_or_policy_is_refused():
             cursor=cursor,
             buffer_docs=20,
         )
+
+
+def test_a_cursor_is_a_value_whenever_it_is_made():
+    batches = take(documents(), 6)
+    late = [batch.cursor for batch in batches]
+    with documents() as again:
+        early = [next(again).cursor for _ in range(6)]
+    for one, other in zip(early, late):
+        assert one["source"] == other["source"] and one["packer"]["counts"] == other["packer"]["counts"]
+        assert np.array_equal(one["packer"]["tokens"], other["packer"]["tokens"])
+
+
+def test_packing_facts_are_exact():
+    cursor = take(documents(), 20)[-1].cursor
+    facts = packing_facts(cursor)["packing"]
+    buffered = int(cursor["packer"]["lengths"].sum())
+    assert facts["tokens_in"] + facts["bos_added"] == facts["tokens_out"] + facts["tokens_dropped"] + buffered
+    assert facts["tokens_out"] == 20 * 2 * 25 and facts["rows"] == 40
+    assert facts["dropped_frac"] == pytest.approx(facts["tokens_dropped"] / facts["tokens_in"], abs=1e-6)
+    assert packing_facts(None) == packing_facts({"row": 3}) == {}
+
+
+def test_pieces_do_not_hold_the_blocks_they_came_from():
+    cursor_pieces = CropPacker(25, BOS)
+    block = np.full(10_000, BOS, dtype=np.int32)
+    cursor_pieces.add(block[:20])
+    assert cursor_pieces._pieces[0].base is None or cursor_pieces._pieces[0].base is not block
 
 
 def loader_threads():

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import tiktoken
 from hypothesis import example, given, settings
@@ -177,3 +183,195 @@ except KeyboardInterrupt:
     assert done.stdout == "heard 256\n" and done.returncode == 0, (
         done.stderr
     )  # 256: it did not run to its end
+
+
+def arrays_of(texts: list[str | None]) -> list[object]:
+    """The same texts in every shape that Arrow has for them."""
+    half = len(texts) // 2
+    return [
+        pa.array(texts, pa.string()),
+        pa.array(texts, pa.large_string()),
+        pa.array(["cut", *texts, "off"], pa.string()).slice(1, len(texts)),
+        pa.chunked_array([texts[:half], [], texts[half:]], pa.large_string()),
+        pa.table({"text": texts}, pa.schema([("text", pa.string())]))["text"],
+    ]
+
+
+@ours
+@settings(max_examples=30)
+@given(texts=st.lists(st.none() | small | anything, max_size=9), num_threads=st.integers(1, 3))
+@example(texts=[], num_threads=1)
+@example(texts=[None, "", "ab c"], num_threads=2)
+def test_arrow_equals_one_by_one(texts: list[str | None], num_threads: int) -> None:
+    tok = train(["ab c'1", "ab ab"], 270)
+    one_by_one = [[] if text is None else [65535, *tok.encode(text)] for text in texts]
+    for array in arrays_of(texts):
+        tokens, offsets = tok.encode_arrow(array, prepend=65535, num_threads=num_threads)
+        assert tokens.dtype == np.uint16 and offsets.dtype == np.int64 and len(offsets) == len(texts) + 1
+        assert [tokens[a:b].tolist() for a, b in itertools.pairwise(offsets)] == one_by_one
+
+
+@ours
+def test_arrow_dtypes_and_memory() -> None:
+    tok = train(["ab ab"], 270)
+    assert tok.encode_arrow(pa.array(["ab"]), prepend=65536)[0].dtype == np.int32
+    wide = rustbpe.Tokenizer.from_ranks([*tok.get_mergeable_ranks(), (b"zz", 65536)], tok.get_pattern())
+    assert wide.encode_arrow(pa.array(["zz"]))[0].dtype == np.int32
+    tokens, offsets = tok.encode_arrow(pa.array(["ab ab"] * 3))
+    del tok
+    tokens[0] = 7  # their own memory, which stays after the tokenizer
+    assert tokens.tolist() == [7, 257, 256, 257, 256, 257] and offsets.tolist() == [0, 2, 4, 6]
+
+
+@ours
+def test_what_is_no_arrow_array_of_strings() -> None:
+    tok = rustbpe.Tokenizer()
+    for wrong in (["a"], "a", None, 1):
+        with pytest.raises(TypeError, match="expected an Arrow array of strings, found"):
+            tok.encode_arrow(wrong)
+    words = pa.array(["a", "b"])
+    for array in (pa.array([1]), words.dictionary_encode(), pa.table({"text": words}), words.cast("binary")):
+        with pytest.raises(TypeError, match="must be of type string or large_string"):
+            tok.encode_arrow(array)
+    bad = pa.Array.from_buffers(pa.string(), 2, [None, *pa.array([b"ok", b"\xff"]).buffers()[1:]])
+    with pytest.raises(ValueError, match="text 1 is not UTF-8 from byte 0 on"):
+        tok.encode_arrow(bad)
+    with pytest.raises(ValueError, match="text 1 is not UTF-8"):
+        tok.train_from_iterator(iter([bad]), 300)
+    falling = pa.array([0, 2, 1], pa.int32()).buffers()[1]
+    with pytest.raises(ValueError, match="bad offsets at row 1"):
+        tok.encode_arrow(pa.Array.from_buffers(pa.string(), 2, [None, falling, pa.py_buffer(b"abc")]))
+    with pytest.raises(ValueError, match="below 2"):
+        tok.encode_arrow(words, prepend=1 << 31)
+
+
+@ours
+def test_training_on_arrow_arrays() -> None:
+    corpus = [f"line {i * i % 97} of the {'very ' * (i % 5)}long text" for i in range(300)]
+    merges = train(corpus, 400).get_mergeable_ranks()
+    for array in arrays_of([*corpus, None]):
+        assert train([array], 400).get_mergeable_ranks() == merges
+    mixed = [*corpus[:100], pa.array(corpus[100:200]), *corpus[200:]]
+    assert train(mixed, 400).get_mergeable_ranks() == merges
+
+
+# the patterns of GPT-4 and GPT-4o as tiktoken has them; rustbpe has a scanner for each
+CL100K = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+O200K = "|".join(
+    [
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+OTHER = r"\p{L}+|\d|[^\p{L}\d]+?"  # goes through a regex engine
+PATTERNS = [SPLIT_PATTERN, GPT4_PATTERN, CL100K, O200K, OTHER]
+looked_at = st.text("abAB'sStTlLſ09 \t\r\n/\u3000\x85.,!éßÅǅʰ中\u0301٣½😀", max_size=60)
+
+
+@ours
+@settings(max_examples=40)
+@given(corpus=st.lists(looked_at, max_size=4), text=looked_at | anything)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_patterns_equal_tiktoken(pattern: str, corpus: list[str], text: str) -> None:
+    tok = train([*corpus, text], 300, pattern)
+    assert tok.encode(text) == tiktoken_of(tok).encode_ordinary(text)
+    assert tok.get_pattern() == pattern
+
+
+def test_the_patterns_are_tiktokens() -> None:
+    from tiktoken_ext import openai_public
+
+    source = inspect.getsource(openai_public)
+    assert CL100K in source and all(part in source for part in O200K.split("|") if len(part) > 8)
+
+
+@pytest.mark.skipif(
+    not os.path.isdir(os.environ.get("NANOCHAT_TEXTS", "")), reason="NANOCHAT_TEXTS names no folder"
+)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_texts_of_a_folder_equal_tiktoken(pattern: str) -> None:
+    """Every .txt below $NANOCHAT_TEXTS, of any language."""
+    files = sorted(Path(os.environ["NANOCHAT_TEXTS"]).rglob("*.txt"))
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+    tok = train(texts, 8000, pattern)
+    other = tiktoken_of(tok)
+    tokens, offsets = tok.encode_arrow(pa.array(texts))
+    for file, text, (a, b) in zip(files, texts, itertools.pairwise(offsets)):
+        assert tokens[a:b].tolist() == other.encode_ordinary(text), file
+        assert tok.decode(tokens[a:b].tolist()) == text
+
+
+@ours
+@given(st.lists(st.integers(0, 269), max_size=30))
+@example([240, 159, 152, 128, 226, 130, 104, 195])
+def test_the_decoder_equals_decoding_at_once(ids: list[int]) -> None:
+    tok = train(["ab ab é é 😀😀 中中"], 270)
+    decoder = tok.decoder()
+    ids = [index for index in ids if index < tok.vocab_size]
+    assert "".join(map(decoder.push, ids)) + decoder.finish() == tok.decode(ids)
+    assert tok.decode(ids) == tok.decode_bytes(ids).decode("utf-8", "replace")
+
+
+@ours
+def test_the_decoder_holds_back_what_is_not_whole() -> None:
+    decoder = rustbpe.Tokenizer().decoder()
+    assert [decoder.push(byte) for byte in "é€".encode()] == ["", "é", "", "", "€"]
+    assert decoder.push(0xE2) == "" and decoder.push_bytes(b"<|bos|>") == "\ufffd<|bos|>"
+    assert decoder.push(0xF0) == "" and decoder.finish() == "\ufffd" and decoder.finish() == ""
+    with pytest.raises(ValueError, match="Unknown token id: 256"):
+        decoder.push(256)
+
+
+@ours
+def test_progress_of_merging() -> None:
+    calls: list[tuple[int, int]] = []
+    tok = rustbpe.Tokenizer()
+    tok.train_from_iterator(
+        iter(["ab ab abc"]), 300, progress=lambda *call: calls.append(call), num_threads=1
+    )
+    assert calls[-1] == (tok.vocab_size - 256, 44) and tok.vocab_size < 300
+
+    def stop(merges: int, of: int) -> None:
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        tok.train_from_iterator(iter(["hello world"]), 400, progress=stop)
+
+
+@ours
+@pytest.mark.parametrize("text", ["a" * 1_000_000, " " * 1_000_000, "🎈" * 250_000, "東京" * 160_000])
+def test_a_megabyte_encodes_in_a_second(text: str) -> None:
+    tok = train(["aa aaaa aaaaaaaa", "       ", "🎈🎈🎈🎈", "東京東京東京"], 300)
+    start = time.process_time()
+    ids = tok.encode(text)
+    assert time.process_time() - start < 1  # 0.1 s here
+    assert tok.decode(ids) == text
+
+
+@ours
+def test_control_c_is_heard_while_encoding() -> None:
+    code = """
+import os, signal, threading, time, pyarrow, rustbpe
+signal.signal(signal.SIGINT, signal.default_int_handler)
+array = pyarrow.array(["some words to encode again and again " * 1000] * 3000)  # many seconds of work
+def press():
+    time.sleep(0.5)
+    pressed.append(time.monotonic())
+    os.kill(os.getpid(), signal.SIGINT)
+pressed = []
+threading.Thread(target=press).start()
+try:
+    rustbpe.Tokenizer.from_ranks([(bytes([i]), i) for i in range(256)], r"\\p{L}+|.").encode_arrow(array)
+except KeyboardInterrupt:
+    print("heard", time.monotonic() - pressed[0] < 5)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "heard True\n" and done.returncode == 0, done.stderr

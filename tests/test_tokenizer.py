@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import types
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tiktoken
 from hypothesis import given
@@ -68,6 +70,17 @@ def test_lists_prepend_append(tok: RustBPETokenizer) -> None:
     for wrong in (b"bytes", [1], ("a",), None):
         with pytest.raises(TypeError, match="must be a str or a list of str"):
             tok.encode(wrong)  # type: ignore[call-overload]
+
+
+def test_arrow(tok: RustBPETokenizer) -> None:
+    texts = ["the cat", None, "", "x + 1 東"]
+    expected = [[] if text is None else [291, *tok.encode(text)] for text in texts]
+    tokens, offsets = tok.encode_arrow(pa.array(texts), prepend="<|bos|>")
+    assert np.split(tokens, offsets[1:-1])[1].size == 0 and tokens.dtype == tok.token_dtype() == np.uint16
+    assert [tokens[a:b].tolist() for a, b in itertools.pairwise(offsets)] == expected
+    ranks = tok.get_mergeable_ranks()
+    wide = RustBPETokenizer(ranks, tok.get_pattern(), {"<|bos|>": 65536})
+    assert wide.encode_arrow(pa.array(["a"]))[0].dtype == np.int32  # by the vocabulary, whatever the text is
 
 
 def test_lone_surrogates_become_replacement_characters(tok: RustBPETokenizer) -> None:
@@ -169,6 +182,12 @@ def test_the_pypi_package_is_enough(tok: RustBPETokenizer, monkeypatch: pytest.M
     assert old.encode(CORPUS[0]) == tok.encode(CORPUS[0]) and old(CORPUS, prepend=291) == tok(
         CORPUS, prepend=291
     )
+    for array in (pa.array(["x é", None, ""]), pa.chunked_array([["x é", None], [""]], pa.large_string())):
+        for ours, theirs in zip(tok.encode_arrow(array, "<|bos|>"), old.encode_arrow(array, "<|bos|>", 2)):
+            assert ours.tolist() == theirs.tolist() and ours.dtype == theirs.dtype
+    assert old.encode_arrow(pa.array([], pa.string()))[0].dtype == np.uint16
+    with pytest.raises(TypeError, match="string or large_string"):
+        old.encode_arrow(pa.array([1]))
     assert [a.tolist() for a in old.encode_arrays(["x", ""], 291)] == [
         a.tolist() for a in tok.encode_arrays(["x", ""], 291)
     ]
@@ -214,6 +233,8 @@ def test_training_script(home: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (
         first.get_vocab_size() == 300 == result["vocab_size"] and first.fingerprint() == result["tokenizer"]
     )
+    shown = capsys.readouterr().out
+    assert "counting: 0.0 of at most 0.02 M characters" in shown and "merging: 35 of 35 merges" in shown
     assert result["chars"] == 20000 and result["bytes"] >= 20000 and result["bytes_per_token"] > 1
     capsys.readouterr()
     tok_train.main(argv)
@@ -251,6 +272,10 @@ def test_measuring_script(
     assert set(ratios["ours"]) == {*tok_eval.SAMPLES, "validation"} and ratios["gpt2"] == {}
     for name, text in tok_eval.SAMPLES.items():
         assert ratios["ours"][name] == len(text.encode()) / len(tok.encode(text))
-    assert "gpt2: not available" in shown and "Korean" in shown
+    speeds = result["mb_per_second"]
+    assert set(speeds["ours rustbpe"]) == set(ratios["ours"]) == set(speeds["ours tiktoken"])
+    assert min(speeds["ours rustbpe"].values()) > 0 and speeds["gpt2 tiktoken"] == {}
+    assert "gpt2: not available" in shown and "Korean" in shown and "MB/s, one thread" in shown
+    assert (Home.find().stage_dir("main", "tok_eval") / "tok_eval.png").read_bytes()[1:4] == b"PNG"
     tok_eval.main(["--preset=smoke", "--max-chars=3000"])
-    assert capsys.readouterr().out in shown
+    assert capsys.readouterr().out.splitlines()[0] in shown

@@ -25,6 +25,7 @@ from nanochat.train.gate import MAX_SKIPS, WINDOW, Gate, LossScale
 from nanochat.train.keep import join_arrays, split_arrays
 from nanochat.train.log import Metrics, clock, read_metrics
 from nanochat.train.loop import Rates, TrainState, every, fit
+from nanochat.train.run import wait_frac
 from scripts import base_train, chat_sft, mid_train
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text())
@@ -318,3 +319,10 @@ def test_metrics_survive_a_torn_line_and_are_cut_on_resume(tmp_path: Path) -> No
     assert [row["step"] for row in Metrics(path, 2).rows] == [1, 2]
     assert read_metrics(path)[1]["grad_norm"] is None
     assert clock(3661) == "1:01:01" and clock(59) == "0:59"
+
+
+def test_the_share_of_waiting_leaves_the_first_step_out() -> None:
+    rows = [(1, 4.0, 10.0), (2, 0.1, 11.0), (3, 0.3, 13.0)]
+    written = [{"step": step, "wait_seconds": wait, "seconds": seconds} for step, wait, seconds in rows]
+    assert wait_frac([*written, {"step": 3, "val_bpb": 2.0, "eval_seconds": 1.0}]) == round(0.4 / 3, 6)
+    assert wait_frac([]) is wait_frac(written[:1]) is None

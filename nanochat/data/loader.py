@@ -16,20 +16,21 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
+from nanochat.data.blocks import Block, Cursor
 from nanochat.data.pack import CropPacker, cut_conversation, plan_whole
-from nanochat.data.sources import Documents, Source
+from nanochat.data.sources import Source
 from nanochat.errors import UserError
 
 IGNORED = -1  # the target of a position that does not count
-NUM_AHEAD = 2  # batches waiting in the queue; one more is in the making
-ENCODED_DOCUMENTS, ENCODED_CHARS = 256, 1 << 22  # whichever comes first makes one call of the tokenizer
+NUM_AHEAD = 2  # batches waiting in the queue beside those of a whole step; one more is in the making
 CACHED_TOKENS = 1 << 25  # of rendered conversations kept in memory, at 5 bytes
 
 Batches = Generator["Batch", None, None]
@@ -39,16 +40,21 @@ Batches = Generator["Batch", None, None]
 class Batch:
     """One micro-batch of one rank. doc_start: the position in its row where a token's conversation starts.
 
-    cursor resumes right after this batch; num_targets and num_bytes are this rank's, counted on the host.
+    resume makes the cursor, which resumes right after this batch: making one costs a millisecond, and only a
+    checkpoint needs it. num_targets and num_bytes are this rank's, counted on the host.
     """
 
     inputs_BT: torch.Tensor
     targets_BT: torch.Tensor
     weights_BT: torch.Tensor | None = None
     doc_start_BT: torch.Tensor | None = None
-    cursor: dict[str, Any] | None = None
+    resume: Callable[[], Cursor] | None = None
     num_targets: int = 0
     num_bytes: int = 0
+
+    @property
+    def cursor(self) -> Cursor | None:
+        return None if self.resume is None else self.resume()
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; the copy is asynchronous where the tensors are pinned."""
@@ -58,22 +64,26 @@ class Batch:
 
         inputs, targets, weights = move(self.inputs_BT), move(self.targets_BT), move(self.weights_BT)
         starts = move(self.doc_start_BT)
-        return Batch(inputs, targets, weights, starts, self.cursor, self.num_targets, self.num_bytes)
+        return Batch(inputs, targets, weights, starts, self.resume, self.num_targets, self.num_bytes)
 
 
 class Prefetched:
     """Iterates over batches that a thread makes ahead; what the thread raises, `next` raises.
 
-    `close()`, the end of `with`, or the last reference to it going away ends the thread.
+    accum: the batches of a step, which are taken at once. cancel wakes the thread where it waits for
+    something else than the queue. `close()`, the end of `with`, or the last reference to it going away ends
+    the thread.
     """
 
-    def __init__(self, batches: Batches, device: torch.device) -> None:
+    def __init__(
+        self, batches: Batches, device: torch.device, accum: int, cancel: Callable[[], None] = lambda: None
+    ) -> None:
         self._device = device
-        self._queue: queue.Queue[Any] = queue.Queue(NUM_AHEAD)
+        self._queue: queue.Queue[Any] = queue.Queue(NUM_AHEAD + accum)
         stop = threading.Event()
         args = (batches, self._queue, stop, device)
         thread = threading.Thread(target=_produce, args=args, name="batches", daemon=True)
-        self.close = weakref.finalize(self, _end, thread, stop)  # runs at interpreter exit, too
+        self.close = weakref.finalize(self, _end, thread, stop, cancel)  # runs at interpreter exit, too
         thread.start()
 
     def __iter__(self) -> Prefetched:
@@ -118,8 +128,9 @@ def _produce(batches: Batches, out: queue.Queue[Any], stop: threading.Event, dev
         batches.close()
 
 
-def _end(thread: threading.Thread, stop: threading.Event) -> None:
+def _end(thread: threading.Thread, stop: threading.Event, cancel: Callable[[], None]) -> None:
     stop.set()
+    cancel()
     if thread is not threading.current_thread():  # the garbage collector may run in the thread itself
         thread.join(timeout=10.0)
 
@@ -130,21 +141,23 @@ def _tensor(values: np.ndarray, rt: Any, dtype: torch.dtype = torch.int64) -> to
     return tensor.copy_(torch.from_numpy(values))
 
 
-def _encode(documents: Documents, tok: Any) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
-    """(token ids behind BOS, cursor) of each document, encoded many at a time."""
+def _encode(blocks: Iterator[Block], tok: Any) -> Iterator[tuple[np.ndarray, Block, int]]:
+    """(token ids behind BOS, block, number in it) of each document, encoded a block at a time."""
     bos, num_threads = tok.get_bos_token_id(), min(4, os.cpu_count() or 1)
-    while True:
-        texts, cursors, num_chars = [], [], 0
-        for text, cursor in documents:
-            texts.append(text)
-            cursors.append(cursor)
-            num_chars += len(text)
-            if len(texts) == ENCODED_DOCUMENTS or num_chars >= ENCODED_CHARS:
-                break
-        if not texts:
-            return
-        for ids, cursor in zip(tok.encode(texts, prepend=bos, num_threads=num_threads), cursors):
-            yield np.asarray(ids, dtype=np.int32), cursor
+    for block in blocks:
+        if block.dtype is not None:
+            tokens, offsets = block.tokens()
+        else:
+            tokens, offsets = tok.encode_arrow(block.array, prepend=bos, num_threads=num_threads)
+        ends = offsets.tolist()
+        for i in range(len(block)):
+            yield tokens[ends[i] : ends[i + 1]], block, i
+
+
+def _check_tokenizer(source: Source, tok: Any) -> None:
+    if source.tokenizer not in (None, tok.fingerprint()):
+        problem = f"the tokens of {source.name} were made with another tokenizer"
+        raise UserError(problem, "restore that tokenizer, or make the shards again: scripts.tok_shards")
 
 
 # documents
@@ -159,7 +172,7 @@ class DocumentBatches(Prefetched):
 
     def __init__(
         self, source: Source, tok: Any, *, sequence_len: int, device_batch: int, rt: Any,
-        cursor: dict[str, Any] | None = None, buffer_docs: int = 1000, policy: str = "carry",
+        cursor: dict[str, Any] | None = None, buffer_docs: int = 1000, policy: str = "carry", accum: int = 1,
     ) -> None:  # fmt: skip
         packer = CropPacker(
             sequence_len + 1, tok.get_bos_token_id(), policy=policy, buffer_pieces=buffer_docs
@@ -172,26 +185,44 @@ class DocumentBatches(Prefetched):
                 packer.load(cursor["packer"])
             except ValueError as error:
                 raise UserError(str(error), "resume with the settings the run was started with") from error
+        _check_tokenizer(source, tok)
         position = cursor["source"] if cursor else None
-        documents = source.documents("train", position)
-        super().__init__(_pack(documents, position, tok, packer, device_batch, rt), rt.device)
+        blocks = source.blocks("train", position)
+        batches = _pack(blocks, position, tok, packer, device_batch, rt)
+        super().__init__(batches, rt.device, accum, source.close)
 
 
 def _pack(
-    documents: Documents, position: Any, tok: Any, packer: CropPacker, num_rows: int, rt: Any
+    blocks: Iterator[Block], position: Any, tok: Any, packer: CropPacker, num_rows: int, rt: Any
 ) -> Batches:
-    encoded = _encode(documents, tok)
-    state = {"tokenizer": tok.fingerprint(), "source": position}
+    encoded, made_by = _encode(blocks, tok), tok.fingerprint()
+    where: Callable[[], Any] = lambda: position  # noqa: E731
     while True:
         rows = np.empty((rt.world_size * num_rows, packer.row_tokens), dtype=np.int32)
         for row in rows:
             while packer.wants_more:
-                ids, state["source"] = next(encoded)
+                ids, block, i = next(encoded)
+                where = partial(block.cursor, i)
                 packer.add(ids)
             packer.fill(row)
         mine = rows[rt.rank * num_rows : (rt.rank + 1) * num_rows]
         inputs, targets = _tensor(mine[:, :-1], rt), _tensor(mine[:, 1:], rt)
-        yield Batch(inputs, targets, cursor=state | {"packer": packer.state()}, num_targets=targets.numel())
+        resume = partial(_cursor, made_by, where, packer.snapshot())
+        yield Batch(inputs, targets, resume=resume, num_targets=targets.numel())
+
+
+def _cursor(made_by: str, where: Callable[[], Any], packed: Callable[[], Any]) -> Cursor:
+    return {"tokenizer": made_by, "source": where(), "packer": packed()}
+
+
+def packing_facts(cursor: Cursor | None) -> dict[str, Any]:
+    """What a run tells of its packing: exact counts; what was lost and added as shares of what came in."""
+    if not cursor or "packer" not in cursor:
+        return {}
+    count = {name: int(value) for name, value in cursor["packer"]["counts"].items()}
+    came = max(1, count["tokens_in"])
+    shares = {"dropped_frac": count["tokens_dropped"] / came, "bos_added_frac": count["bos_added"] / came}
+    return {"packing": count | {key: round(value, 6) for key, value in shares.items()}}
 
 
 # validation
@@ -226,12 +257,13 @@ def validation_batches(
 ) -> ValidationBatches:
     """The first `num_rows` rows of the validation split, or as many as it holds; keeps this rank's share."""
     bos = tok.get_bos_token_id()
+    _check_tokenizer(source, tok)
     packer = CropPacker(sequence_len + 1, bos)
-    encoded = _encode(source.documents("val"), tok)
+    encoded = _encode(source.blocks("val"), tok)
     mine, made = [], 0
     while made < num_rows:
-        while packer.wants_more and (pair := next(encoded, None)):
-            packer.add(pair[0])
+        while packer.wants_more and (found := next(encoded, None)):
+            packer.add(found[0])
         if not packer.tokens_buffered:
             break
         row = np.empty(packer.row_tokens, dtype=np.int32)
@@ -280,7 +312,8 @@ class ConversationBatches(Prefetched):
         first, end = cursor["row"] if cursor else 0, self.num_rows + self.num_extra
         endless = itertools.chain.from_iterable(map(store.plan, itertools.count()))
         rows = itertools.islice(endless, first, self.num_rows if last == "blank" else None)
-        super().__init__(_lay_out(store, rows, first, end, device_batch, rt), rt.device)
+        accum = per_step // (device_batch * rt.world_size)
+        super().__init__(_lay_out(store, rows, first, end, device_batch, rt), rt.device, accum)
 
 
 def _lay_out(
@@ -302,7 +335,7 @@ def _lay_out(
                 t = stop
             starts[b, t:] = t
         batch = Batch(_tensor(inputs, rt), _tensor(targets, rt), None, _tensor(starts, rt, torch.int32))
-        batch.cursor = {"conversations": store.fingerprint, "row": at + per_batch}
+        batch.resume = partial(dict, conversations=store.fingerprint, row=at + per_batch)
         batch.num_targets = int((targets != IGNORED).sum())
         yield batch
 

@@ -11,7 +11,8 @@ docs/data.md gives the rules with their measured waste. Nothing here reads text 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,7 @@ class CropPacker:
 
     def add(self, ids: Sequence[int] | np.ndarray) -> None:
         """Take one document, whose first token must be BOS."""
-        tokens = np.asarray(ids, dtype=np.int32)
+        tokens = np.array(ids, dtype=np.int32)  # a copy: a piece may stay long, what it was cut from must not
         if tokens.ndim != 1 or not tokens.size or tokens[0] != self.bos:
             raise ValueError(f"a document must start with BOS ({self.bos}), got {tokens[:4]}")
         self.counts["documents"] += 1
@@ -129,12 +130,11 @@ class CropPacker:
 
     def state(self) -> dict[str, Any]:
         """All that the next rows depend on, as JSON values and arrays; a later `fill` does not change it."""
-        return {
-            "rule": self._rule(),
-            "counts": dict(self.counts),
-            "lengths": np.array(self._lengths, dtype=np.int64),
-            "tokens": np.concatenate((np.empty(0, np.int32), *self._pieces)),
-        }
+        return self.snapshot()()
+
+    def snapshot(self) -> Callable[[], dict[str, Any]]:
+        """What makes the state of now, at any later time. Cheap: no piece is ever written to."""
+        return partial(_state, self._rule(), dict(self.counts), self._lengths.copy(), self._pieces.copy())
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from `state`, bit for bit. Raises ValueError if it was made under another rule."""
@@ -150,6 +150,13 @@ class CropPacker:
     def _rule(self) -> dict[str, Any]:
         names = ("policy", "row_tokens", "bos", "buffer_pieces", "min_tail")
         return {name: getattr(self, name) for name in names}
+
+
+def _state(
+    rule: dict[str, Any], counts: dict[str, int], lengths: list[int], pieces: list[np.ndarray]
+) -> dict[str, Any]:
+    tokens = np.concatenate((np.empty(0, np.int32), *pieces))
+    return {"rule": rule, "counts": dict(counts), "lengths": np.array(lengths, np.int64), "tokens": tokens}
 
 
 def plan_whole(

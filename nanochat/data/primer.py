@@ -1,12 +1,13 @@
 """Lessons first, then documents: one stream of batches with one cursor for both.
 
 The lessons are conversations packed as in fine-tuning (answers only, nothing seen across borders), once
-through; the documents follow without end.
+through; the documents follow without end. docs/decisions.md says why lessons come first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import Any
 
 from nanochat.data.loader import Batch, ConversationBatches
@@ -23,11 +24,13 @@ class Primed:
     ) -> None:  # fmt: skip
         self._lessons, self._documents, self._tok = lessons, documents, tok
         self._shape = {"sequence_len": sequence_len, "device_batch": device_batch, "rt": rt, "seed": seed}
-        self._rows_per_step = device_batch * rt.world_size * accum
+        self._rows_per_batch = device_batch * rt.world_size
+        self._rows_per_step = self._rows_per_batch * accum
         self.num_primer_steps = 0
         if lessons is not None:
-            with self._conversations(None) as first:
-                self.num_primer_steps = first.num_steps
+            first = self._conversations(None)
+            self.num_primer_steps = first.num_steps
+            first.close()
 
     def _conversations(self, cursor: dict[str, Any] | None) -> ConversationBatches:
         assert self._lessons is not None
@@ -42,15 +45,18 @@ class Primed:
         return self._chain(cursor[LESSONS] if cursor else None)
 
     def _chain(self, cursor: dict[str, Any] | None) -> Generator[Batch, None, None]:
-        end = self.num_primer_steps * self._rows_per_step
-        if cursor is None or cursor["row"] < end:
+        end, done = self.num_primer_steps * self._rows_per_step, cursor["row"] if cursor else 0
+        if done < end:
             with self._conversations(cursor) as rows:
                 for batch in rows:
-                    assert batch.cursor is not None
-                    is_last = batch.cursor["row"] >= end
-                    batch.cursor = {LESSONS: batch.cursor}
+                    done += self._rows_per_batch
+                    batch.resume = partial(_among_lessons, batch.resume)
                     yield batch
-                    if is_last:
+                    if done >= end:
                         break
         with self._documents(cursor=None) as documents:
             yield from documents
+
+
+def _among_lessons(resume: Callable[[], Any] | None) -> dict[str, Any]:
+    return {LESSONS: resume() if resume else None}

@@ -70,7 +70,8 @@ def load_state(
     load_model_arrays(model, found.tensors("model"))
     optimizer.load_state_arrays(found.tensors("optim-"))
     state.load_dict(found.state)
-    state.cursor = join_arrays(found.state["cursor"], found.tensors("data"))
+    cursor = join_arrays(found.state["cursor"], found.tensors("data"))
+    state.resume = None if cursor is None else lambda: cursor
     python_rng = found.state["python_rng"]
     if len(python_rng) == rt.world_size:
         version, internal, gauss = python_rng[rt.rank]

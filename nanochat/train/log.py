@@ -15,6 +15,7 @@ from nanochat.train.loop import TrainState
 
 PLAIN_SECONDS = 5.0  # between two plain lines
 SMOOTHING = 0.95
+WORTH_TELLING = 0.01  # share of a step spent waiting for data
 
 
 class Metrics:
@@ -103,6 +104,7 @@ class TrainLog:
         row |= {
             "tokens": state.tokens,
             "seconds": round(state.seconds, 4),
+            "wait_seconds": round(state.wait_seconds, 6),
             "tokens_per_second": round(per_second, 1),
         }
         if used is not None:
@@ -131,7 +133,9 @@ class TrainLog:
         share = "" if used is None else f"  {100 * used:.0f}% of peak"
         left = clock((state.num_steps - state.step) * self.smooth_seconds)
         loss = state.loss if self.smooth_loss is None else self.smooth_loss
-        text = f"loss {loss:.4f}  {per_second:,.0f} tok/s{share}"
+        waited = state.wait_seconds / max(seconds, 1e-9)
+        wait = f"  waits {100 * waited:.0f}% for data" if waited > WORTH_TELLING and state.step > 1 else ""
+        text = f"loss {loss:.4f}  {per_second:,.0f} tok/s{share}{wait}"
         if sys.stdout.isatty():
             if self.bar is None:
                 self.bar = _bar(self.name, state.num_steps)

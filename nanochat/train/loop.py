@@ -64,7 +64,7 @@ class TrainState:
     seconds: float = 0.0
     skipped: int = 0
     empty: int = 0
-    cursor: dict[str, Any] | None = None
+    resume: Callable[[], dict[str, Any]] | None = None  # makes the data's cursor
     gate: Gate = field(default_factory=Gate)
     loss_scale: LossScale | None = None
     best: float | None = None
@@ -75,11 +75,17 @@ class TrainState:
     value: float = float("nan")  # of the newest evaluation
     rates: Rates | None = None
     step_seconds: float = 0.0
+    wait_seconds: float = 0.0  # of them, for data
     step_tokens: int = 0
     skip_reason: str | None = None
     stopping: bool = False
 
     KEPT = ("step", "tokens", "seconds", "skipped", "empty", "best")
+
+    @property
+    def cursor(self) -> dict[str, Any] | None:
+        """Where the data goes on after this step."""
+        return None if self.resume is None else self.resume()
 
     def to_dict(self) -> dict[str, Any]:
         kept: dict[str, Any] = {name: getattr(self, name) for name in self.KEPT}
@@ -200,6 +206,7 @@ def _step(
 ) -> None:
     start = time.perf_counter()
     micro = list(islice(rows, accum))
+    state.wait_seconds = time.perf_counter() - start
     if len(micro) < accum:
         raise UserError(
             f"the data ended at step {state.step} of {state.num_steps}", "ask for fewer steps or more epochs"
@@ -210,7 +217,7 @@ def _step(
     num_targets, num_tokens = (
         int(n) for n in rt.sum(counts.to(rt.device) if rt.world_size > 1 else counts).tolist()
     )
-    state.cursor, state.rates, state.skip_reason = micro[-1].cursor, rates, None
+    state.resume, state.rates, state.skip_reason = micro[-1].resume, rates, None
     if num_targets == 0:
         _skip_empty(state, allow_empty)
     else:

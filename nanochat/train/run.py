@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import resource
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from nanochat import checkpoint, hardware
+from nanochat.data.loader import packing_facts
 from nanochat.errors import INTERRUPTED_CODE, Interrupted
 from nanochat.paths import write_json
 from nanochat.train.log import Metrics, TrainLog, open_wandb
@@ -110,9 +112,18 @@ def run_stage(
         "peak_memory_bytes": peak_memory_bytes(),
         "peak_frac": None if peak_all is None else per_second * flops_per_token / peak_all,
     }
+    facts |= packing_facts(state.cursor) | {"wait_frac": wait_frac(state.metrics.rows)}
     stage.finish(**facts, **state.metrics.last_values(), **result)
     rt.say(f"{stage.name}: finished {state.step} steps, {state.tokens:,} tokens in {state.seconds:.0f} s")
     return state
+
+
+def wait_frac(rows: list[dict[str, Any]]) -> float | None:
+    """The share of the steps' time that was spent waiting for data, the first step of each start left out."""
+    waits = [row for row in rows if "wait_seconds" in row]
+    pairs = [(b["wait_seconds"], b["seconds"] - a["seconds"]) for a, b in itertools.pairwise(waits)]
+    total = sum(seconds for _, seconds in pairs)
+    return round(sum(wait for wait, _ in pairs) / total, 6) if total > 0 else None
 
 
 def peak_memory_bytes() -> int:

@@ -37,6 +37,8 @@ FREE = {
     "preset",
     "offline",
     "mirror",
+    "disk_gb",
+    "damaged",
 }
 
 

@@ -17,10 +17,27 @@ pub enum Error {
     Ranks(String),
     /// No token has this id.
     UnknownId(Id),
+    /// A text is not UTF-8: its number in the batch, and where the first bad byte is.
+    Utf8 {
+        /// The number of the text.
+        text: usize,
+        /// The position of the byte.
+        byte: usize,
+    },
     /// The distinct pieces add up to more than 2^32 bytes.
     TooLarge,
     /// The caller asked to stop.
     Interrupted,
+}
+
+impl Error {
+    /// The same error, of the text with this number.
+    pub(crate) fn at(self, text: usize) -> Self {
+        match self {
+            Error::Utf8 { byte, .. } => Error::Utf8 { text, byte },
+            other => other,
+        }
+    }
 }
 
 impl fmt::Display for Error {
@@ -33,6 +50,7 @@ impl fmt::Display for Error {
             Error::Split(why) => write!(f, "the split pattern could not be applied to this text: {why}"),
             Error::Ranks(why) => write!(f, "ranks must be a byte-level vocabulary: {why}"),
             Error::UnknownId(id) => write!(f, "Unknown token id: {id}"),
+            Error::Utf8 { text, byte } => write!(f, "text {text} is not UTF-8 from byte {byte} on"),
             Error::TooLarge => write!(f, "the distinct pieces must stay under 4 GiB; train on less text"),
             Error::Interrupted => write!(f, "interrupted"),
         }

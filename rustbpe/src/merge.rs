@@ -39,8 +39,8 @@ struct Learner {
 /// The pair with the highest count is next; of equal counts, the smaller pair of ids. Counts include
 /// overlapping occurrences ("aaa" holds the pair (a, a) twice); merging goes from left to right. Ends early
 /// when every piece is one token. `check` is called before each merge; its error ends the work.
-pub fn learn<'p>(
-    pieces: impl Iterator<Item = (&'p [u8], u64)>,
+pub fn learn(
+    pieces: impl Iterator<Item = (impl AsRef<[u8]>, u64)>,
     num_merges: usize,
     check: &mut dyn FnMut() -> Result<(), Error>,
 ) -> Result<Vec<Pair>, Error> {
@@ -76,9 +76,13 @@ pub fn learn<'p>(
 }
 
 impl Learner {
-    fn new<'p>(pieces: impl Iterator<Item = (&'p [u8], u64)>) -> Result<Self, Error> {
+    fn new(pieces: impl Iterator<Item = (impl AsRef<[u8]>, u64)>) -> Result<Self, Error> {
         let (mut symbols, mut piece_at, mut counts) = (vec![BORDER], vec![0], Vec::new());
-        for (piece, count) in pieces.filter(|(piece, _)| piece.len() > 1) {
+        for (piece, count) in pieces {
+            let piece = piece.as_ref();
+            if piece.len() < 2 {
+                continue;
+            }
             if symbols.len() + piece.len() >= u32::MAX as usize {
                 return Err(Error::TooLarge);
             }

@@ -13,8 +13,6 @@ pub(crate) const MAX_TOKENS: usize = 1 << 24;
 
 const NONE: u32 = u32::MAX;
 const SHORT: usize = 64; // pieces up to this many bytes are merged by scanning, longer ones by a heap
-const CACHED_BYTES: usize = 48; // longer pieces rarely come again
-const CACHED_PIECES: usize = 1 << 17; // then the cache starts afresh
 
 /// Tokens, and which two tokens make which. The id is also the rank: the lowest possible merge comes first.
 #[derive(Debug)]
@@ -23,15 +21,9 @@ pub struct Vocab {
     spans: Vec<Range<u32>>, // of each id in `bytes`; empty where an id is unused
     num_tokens: usize,
     whole: FxHashMap<Box<[u8]>, Id>,
-    merged: FxHashMap<Pair, Id>,
+    merged: Pairs,
     of_byte: [Id; 256],
-}
-
-/// Pieces of several tokens seen before, for one thread at a time.
-#[derive(Debug, Default)]
-pub struct Cache {
-    spans: FxHashMap<Box<[u8]>, Range<u32>>,
-    ids: Vec<Id>,
+    of_two_bytes: Vec<Id>, // of each two bytes in a row the token, or NONE
 }
 
 impl Vocab {
@@ -53,8 +45,9 @@ impl Vocab {
             spans: Vec::new(),
             num_tokens: 0,
             whole: FxHashMap::default(),
-            merged: FxHashMap::default(),
+            merged: Pairs::default(),
             of_byte: [NONE; 256],
+            of_two_bytes: vec![NONE; 1 << 16],
         };
         for (token, id) in ranks {
             vocab.insert(token, id)?;
@@ -62,7 +55,7 @@ impl Vocab {
         if let Some(byte) = vocab.of_byte.iter().position(|&id| id == NONE) {
             return Err(Error::Ranks(format!("the single byte {byte} has no id")));
         }
-        vocab.merged = vocab.pairs();
+        vocab.merged = Pairs::new(&vocab.pairs());
         Ok(vocab)
     }
 
@@ -83,8 +76,10 @@ impl Vocab {
         let start = self.bytes.len() as u32;
         self.bytes.extend_from_slice(&token);
         self.spans[index] = start..self.bytes.len() as u32;
-        if let [byte] = token[..] {
-            self.of_byte[byte as usize] = id;
+        match token[..] {
+            [byte] => self.of_byte[byte as usize] = id,
+            [first, second] => self.of_two_bytes[usize::from(first) << 8 | usize::from(second)] = id,
+            _ => {}
         }
         if let Some(other) = self.whole.insert(token.into(), id) {
             return Err(Error::Ranks(format!("ids {other} and {id} have the same bytes")));
@@ -94,15 +89,15 @@ impl Vocab {
     }
 
     /// Every way to cut a token into two tokens, so that merging needs no bytes any more.
-    fn pairs(&self) -> FxHashMap<Pair, Id> {
+    fn pairs(&self) -> Vec<(Pair, Id)> {
         // Only lengths that tokens have are tried, because a token can be a megabyte long.
         let lengths: BTreeSet<usize> = self.whole.keys().map(|token| token.len()).collect();
-        let mut pairs = FxHashMap::default();
+        let mut pairs = Vec::new();
         for (token, &id) in &self.whole {
             for &cut in lengths.range(1..token.len()).filter(|&cut| lengths.contains(&(token.len() - cut))) {
                 let (left, right) = token.split_at(cut);
                 if let (Some(&left), Some(&right)) = (self.whole.get(left), self.whole.get(right)) {
-                    pairs.insert((left, right), id);
+                    pairs.push(((left, right), id));
                 }
             }
         }
@@ -112,6 +107,11 @@ impl Vocab {
     /// The number of tokens.
     pub fn len(&self) -> usize {
         self.num_tokens
+    }
+
+    /// The largest id of a token.
+    pub fn largest_id(&self) -> Id {
+        self.spans.len() as Id - 1
     }
 
     /// Never: the single bytes are always there.
@@ -132,25 +132,13 @@ impl Vocab {
         (0..self.spans.len() as Id).filter_map(|id| self.token(id).ok().map(|bytes| (bytes, id)))
     }
 
-    /// Appends the ids of one piece to `out`.
-    pub fn encode_piece(&self, piece: &[u8], cache: &mut Cache, out: &mut Vec<Id>) {
-        if let Some(&id) = self.whole.get(piece) {
-            out.push(id);
-            return;
-        }
-        if piece.len() > CACHED_BYTES {
-            return self.merge(piece, out);
-        }
-        if let Some(span) = cache.spans.get(piece) {
-            out.extend_from_slice(&cache.ids[span.start as usize..span.end as usize]);
-            return;
-        }
-        let start = out.len();
-        self.merge(piece, out);
-        cache.remember(piece, &out[start..]);
+    /// The id of a piece that is one token.
+    pub(crate) fn whole(&self, piece: &[u8]) -> Option<Id> {
+        self.whole.get(piece).copied()
     }
 
-    fn merge(&self, piece: &[u8], out: &mut Vec<Id>) {
+    /// Appends the ids of a piece to `out`, by merging its bytes.
+    pub(crate) fn merge(&self, piece: &[u8], out: &mut Vec<Id>) {
         if piece.len() <= SHORT {
             self.merge_short(piece, out);
         } else {
@@ -158,8 +146,15 @@ impl Vocab {
         }
     }
 
+    #[inline]
     fn rank(&self, left: Id, right: Id) -> Id {
-        self.merged.get(&(left, right)).copied().unwrap_or(NONE)
+        self.merged.get(left, right)
+    }
+
+    /// The rank of two bytes.
+    #[inline]
+    fn rank_of_bytes(&self, two: &[u8]) -> Id {
+        self.of_two_bytes[usize::from(two[0]) << 8 | usize::from(two[1])]
     }
 
     /// Takes the lowest merge of all neighbours, the leftmost of equals, until none is left: O(n^2).
@@ -169,8 +164,8 @@ impl Vocab {
         let mut ranks = [NONE; SHORT];
         let mut len = piece.len();
         let ids = &mut out[start..];
-        for i in 0..len - 1 {
-            ranks[i] = self.rank(ids[i], ids[i + 1]);
+        for (rank, two) in ranks.iter_mut().zip(piece.windows(2)) {
+            *rank = self.rank_of_bytes(two);
         }
         // ranks[i] belongs to the neighbours i and i + 1; ranks[len - 1] is always NONE
         loop {
@@ -201,11 +196,9 @@ impl Vocab {
         let mut ids: Vec<Id> = piece.iter().map(|&byte| self.of_byte[byte as usize]).collect();
         let mut next: Vec<usize> = (1..=len).collect(); // of a living place; len is the end
         let mut prev: Vec<usize> = (0..len).map(|i| i.wrapping_sub(1)).collect(); // usize::MAX is the front
-        let mut heap: BinaryHeap<Reverse<(Id, usize)>> = (0..len - 1)
-            .map(|i| (self.rank(ids[i], ids[i + 1]), i))
-            .filter(|&(rank, _)| rank != NONE)
-            .map(Reverse)
-            .collect();
+        let ranks = piece.windows(2).map(|two| self.rank_of_bytes(two)).zip(0..);
+        let mut heap: BinaryHeap<Reverse<(Id, usize)>> =
+            ranks.filter(|&(rank, _)| rank != NONE).map(Reverse).collect();
         while let Some(Reverse((rank, at))) = heap.pop() {
             // Stale when this place was swallowed (its id is NONE) or its pair has changed.
             let right = next[at];
@@ -233,14 +226,41 @@ impl Vocab {
     }
 }
 
-impl Cache {
-    fn remember(&mut self, piece: &[u8], ids: &[Id]) {
-        if self.spans.len() >= CACHED_PIECES {
-            self.spans.clear();
-            self.ids.clear();
+/// Which token two tokens make, in an open table at most half full.
+#[derive(Debug, Default)]
+struct Pairs {
+    slots: Vec<(Id, Id, Id)>, // left, right, both together; NONE where nothing is
+    shift: u32,
+}
+
+impl Pairs {
+    fn new(pairs: &[(Pair, Id)]) -> Self {
+        let bits = (pairs.len() * 2).next_power_of_two().trailing_zeros().max(4);
+        let mut table = Pairs { slots: vec![(NONE, NONE, NONE); 1 << bits], shift: 64 - bits };
+        for &((left, right), id) in pairs {
+            let at = table.find(left, right);
+            table.slots[at] = (left, right, id);
         }
-        let start = self.ids.len() as u32;
-        self.ids.extend_from_slice(ids);
-        self.spans.insert(piece.into(), start..self.ids.len() as u32);
+        table
+    }
+
+    /// The slot of a pair, or the empty one where it would be.
+    #[inline]
+    fn find(&self, left: Id, right: Id) -> usize {
+        let pair = u64::from(left) << 32 | u64::from(right);
+        let mut at = (pair.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ pair).wrapping_mul(0xd6e8_feb8_6659_fd93);
+        at >>= self.shift;
+        loop {
+            let slot = self.slots[at as usize];
+            if (slot.0, slot.1) == (left, right) || slot.0 == NONE {
+                return at as usize;
+            }
+            at = (at + 1) & (self.slots.len() as u64 - 1);
+        }
+    }
+
+    #[inline]
+    fn get(&self, left: Id, right: Id) -> Id {
+        self.slots[self.find(left, right)].2
     }
 }

@@ -2,8 +2,8 @@
 
 Small models learn to look things up in steps, and only from tokens that can be known (docs/decisions.md):
 first `reorder`, where the entry stands right before the letter that belongs to it, then `lookup`, where the
-question names it, then `quiz`, where the question is about a fact and the entry must be known, last the same from farther away. Draws are
-independent, so that "the letter that has not been used yet" is never a hint.
+question names it, then `quiz`, where the question is about a fact and the entry must be known, last the same from
+farther away. Draws are independent, so that "the letter that has not been used yet" is never a hint.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def table_document(rng: Rng) -> str:
     shown = [fact.answer for fact in chosen] if is_facts else entries(rng, len(chosen))
     told = [listed(shown)]
     for _ in range(rng.between(1, 2)):
-        forms = ("- {e}={m}", "- {e}={m}", "Which letter is {e}?\n{m}", "{m}: {e}", "And {e}? {m}")
+        forms: tuple[str, ...] = ("- {e}={m}", "- {e}={m}", "Which letter is {e}?\n{m}", "{m}: {e}", "And {e}? {m}")
         if is_facts and rng.chance(60):
             forms = ("{q} {m}", "{q}\n{m}", "Question: {q}\n{m}, {e}")
         form = rng.pick(forms)
