@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from nanochat.tokenizer import RustBPETokenizer
@@ -23,17 +24,17 @@ def speed(tok: RustBPETokenizer, texts: list[str], engine: str) -> float:
 
     texts = _at_most([text.encode("utf-8", "replace").decode() for text in texts], SPEED_BYTES)
     texts *= max(SPEED_BYTES // (num_bytes(texts) + 1), 1)
-    array = pa.array(texts, pa.large_string())
-    ranks = dict(tok.get_mergeable_ranks())
-    other = tiktoken.Encoding("", pat_str=tok.get_pattern(), mergeable_ranks=ranks, special_tokens={})
+    if engine == "rustbpe":
+        array = pa.array(texts, pa.large_string())
+        work: Callable[[], object] = lambda: tok.encode_arrow(array, num_threads=1)  # noqa: E731
+    else:
+        ranks = dict(tok.get_mergeable_ranks())
+        other = tiktoken.Encoding("", pat_str=tok.get_pattern(), mergeable_ranks=ranks, special_tokens={})
+        work = lambda: [other.encode_ordinary(text) for text in texts]  # noqa: E731
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
-        if engine == "rustbpe":
-            tok.encode_arrow(array, num_threads=1)
-        else:
-            for text in texts:
-                other.encode_ordinary(text)
+        work()
         best = min(best, time.perf_counter() - start)
     return num_bytes(texts) / 1e6 / best
 
