@@ -14,7 +14,7 @@ from typing import Any
 from nanochat.errors import UserError
 from tasks.base import Conversation, Task
 
-PARTS = ("text", "python", "python_output")
+PARTS = ("text", "given", "python", "python_output")
 
 
 def check_messages(messages: Any) -> str | None:

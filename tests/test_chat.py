@@ -132,3 +132,15 @@ def test_bad_conversations_are_named(conversation: Any, message: str) -> None:
         chat.render(conversation, TOK)
     with pytest.raises(ValueError, match=message):
         chat.render_for_completion(conversation, TOK)
+
+
+def test_given_parts_stand_in_the_answer_but_are_not_learned() -> None:
+    parts = [{"type": "given", "text": "- a"}, {"type": "text", "text": "=B"}]
+    asked = {"role": "user", "content": "?"}
+    ids, mask = chat.render({"messages": [asked, {"role": "assistant", "content": parts}]}, TOK)
+    told = [{"type": "text", "text": part["text"]} for part in parts]
+    same, all_learned = chat.render({"messages": [asked, {"role": "assistant", "content": told}]}, TOK)
+    assert ids == same and chat.text_of(parts) == "- a=B"
+    given = len(TOK.encode("- a"))
+    start = ids.index(TOK.encode_special(chat.ASSISTANT_START)) + 1
+    assert mask[start : start + given] == [0] * given and mask[start + given :] == all_learned[start + given :]

@@ -25,7 +25,7 @@ from tasks.custom import check_messages
 from tasks.synthetic import has_word, heldout_lines
 
 # What the generator gave when the held-out sets were made.
-DIGEST = "67ae98cb738a75e5a83facca11b044be7978eb1e4fa33daa3caf17cb8f6ece29"
+DIGEST = "92dfcb8d03f6c136584e33dbdd22b0bbebde71b292e4ac33add68d150ae29141"
 NANOCHAT_MIXED = 0x5B076B6DDE40A774
 NUM_DOCUMENTS = 6000
 NUM_CONVERSATIONS = 800
@@ -139,12 +139,12 @@ def test_lists_are_answered_with_the_letter_of_the_entry(kind: str) -> None:
             continue
         for asked, answer in zip(messages[::2], messages[1::2]):
             text = re.sub(r"^- .+=[A-F]\n?", "", asked["content"], flags=re.M).removeprefix(choices.HEAD)
-            entry = next((e for q, e in answers.items() if text.startswith(q)), None)
+            named = [e for q, e in answers.items() if text.startswith(q)]
             if "lookup" in kind:
-                entry = next(e for e in sorted(marks, key=len, reverse=True) if has_word(text, [e]))
-            assert entry is not None and answer["content"] == marks[entry], messages
+                named = [e for e in marks if has_word(text, [e])]
+            assert answer["content"] in [marks[entry] for entry in named], messages
             places[answer["content"]] += 1
-    assert max(places.values()) < 4 * min(places.values()), "no letter may be a safe guess"
+    assert max(places.values()) < 0.4 * sum(places.values()), "no letter may be a safe guess"
 
 
 def test_every_fact_is_told_evenly() -> None:
@@ -169,9 +169,9 @@ def test_facts_are_well_formed() -> None:
 
 def test_choices() -> None:
     places = Counter()
-    for conv in conversations():
+    for conv in (conversation("choice", 3, i) for i in range(NUM_CONVERSATIONS)):
         for asked, answer in zip(conv["messages"][::2], conv["messages"][1::2]):
-            if asked["content"].startswith("Multiple Choice question: "):
+            if asked["content"].startswith(choices.HEAD):
                 lines = re.findall(r"^- (.+)=([A-D])$", asked["content"], flags=re.M)
                 assert len({choice for choice, _ in lines}) == 4 and "".join(c for _, c in lines) == "ABCD"
                 places[answer["content"]] += 1

@@ -54,10 +54,13 @@ def run(script: Any, home: Path, tag: str, *flags: str) -> None:
 
 
 def test_ten_golden_losses(home: Path) -> None:
-    """One thread, fp32: a refactor that moves them is not one (python tests/golden/record.py)."""
-    run(base_train, home, "golden")
+    """One thread, fp32: a refactor that moves them is not one (python tests/golden/record.py).
+
+    At the plain rates: at the smoke preset's, steps amplify the rounding of other processors beyond 1e-4.
+    """
+    run(base_train, home, "golden", "--lr-scale=1")
     found = [float.fromhex(loss) for loss in losses(home, "golden", "base")]
-    assert found == pytest.approx(GOLDEN["smoke_base"], abs=1e-4)
+    assert len(found) >= 10 and found == pytest.approx(GOLDEN["smoke_base"], abs=1e-4)
 
 
 def test_every_stage_resumes_bit_for_bit(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

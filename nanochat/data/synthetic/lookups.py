@@ -87,8 +87,10 @@ def asked_about(
         if n == 0:
             head = choices.HEAD if rng.chance(tails * 2 // 5) else ""
             lines = listed(shown)
-            text = f"{head}{text}\n{lines}" if rng.chance(list_last) else f"{lines}\n{head}{text}"
-        turns.append((text + (rng.pick(TAILS) if rng.chance(tails) else ""), MARKS[place]))
+            text = f"{head}{text}\n{lines}\n" if rng.chance(list_last) else f"{lines}\n{head}{text}"
+        tail = rng.pick(TAILS) if rng.chance(tails) else ""
+        text = text + tail.lstrip(" ") if text.endswith("\n") and tail[:1] == " " else text.rstrip("\n") + tail
+        turns.append((text, MARKS[place]))
     return turns
 
 
