@@ -39,8 +39,8 @@ class WeightedNLL(torch.autograd.Function):
     With s = sigmoid(2/15 h W^T) a logit is 15 tanh(h W^T / 15) = 30 s - 15; the 15 cancels in the softmax.
     So Z = sum(exp(30 s)), nll = log Z - 30 s_y and
     d nll / d (h W^T) = (exp(30 s) / Z - onehot(y)) * 4 s (1 - s).
-    Capped scores need no maximum subtracted: Z < V e^30. sigmoid, because a CPU's tanh takes six times as long.
-    fp32 between the matrix products, which run in the dtype of h; the head's gradient in fp32.
+    Capped scores need no maximum subtracted: Z < V e^30. sigmoid, because a CPU's tanh takes six times as
+    long. fp32 between the matrix products, which run in the dtype of h; the head's gradient in fp32.
     """
 
     @staticmethod

@@ -355,7 +355,7 @@ class GPT(nn.Module):
     def setup_optimizer(
         self, *, batch_tokens: int = 2**19, weight_decay: float = 0.28, lr_scale: float = 1.0, **rates: float
     ) -> Any:
-        """MuonAdamW by the rules of nanochat.optim.groups; `lr_scale` multiplies the rates that follow the batch."""
+        """MuonAdamW by the rules of nanochat.optim.groups; `lr_scale` is on rates that follow the batch."""
         from nanochat.optim import MuonAdamW
         from nanochat.optim.groups import param_groups
 

@@ -76,11 +76,11 @@ FAST = {"lr_scale": 7.0, "decay_scale": 0.3, "smear": 3.0, "smear_lr": 0.01, "pr
 HUB = "hub:karpathy/climbmix-400b-shuffle"
 PRESETS = {
     "smoke": _preset("smoke", lr_scale=4.0, primer="smoke", eval_every=5, eval_tokens=4096, save_every=5,
-                     warmup=2, sample_every=10),  # fmt: skip
+                     warmup=2, sample_every=10),
     "cpu-demo": _preset("cpu-demo", eval_every=250, eval_tokens=65536, save_every=250, **FAST),
     "single-gpu": _preset("single-gpu", data=HUB),
     "speedrun": _preset("speedrun", data=HUB),
-}
+}  # fmt: skip
 PROMPTS = ("The capital of France is", "Once upon a time",
            "If yesterday was Friday, then tomorrow will be", "The opposite of hot is")  # fmt: skip
 

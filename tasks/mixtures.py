@@ -21,8 +21,8 @@ STAGES = ("mid", "sft")
 EMBEDDED = ("smoke", "cpu-demo")  # presets that need no other data
 PRESETS = (*EMBEDDED, "single-gpu", "speedrun")
 
-# The embedded lessons, in order: (conversations of the cpu-demo, per cent of each kind). Looking things up comes
-# before the documents (primer) and on the way to multiple choice (mid): docs/decisions.md 20.
+# The embedded lessons, in order: (conversations of the cpu-demo, per cent of each kind). Looking things up
+# comes before the documents (primer) and on the way to multiple choice (mid): docs/decisions.md 33.
 LESSONS: dict[str, list[tuple[int, dict[str, int]]]] = {
     "primer": [(4000, {"reorder": 100}), (11500, {"reorder": 50, "lookup": 50})],
     "mid": [
@@ -30,9 +30,9 @@ LESSONS: dict[str, list[tuple[int, dict[str, int]]]] = {
         (6000, {"reorder": 15, "copy": 5, "lookup": 25, "quiz": 35, "facts": 20}),
         (9200, {"reorder": 5, "far_lookup": 45, "far_quiz": 40, "choice": 10}),
         (15000, {
-            "far_quiz": 12, "far_lookup": 5, "reorder": 3, "copy": 6, "choice": 20, "facts": 13, "letters": 15,
-            "arithmetic": 10, "identity": 6, "smalltalk": 1, "unknown": 2, "recall": 2, "spelling": 2,
-            "story": 1, "mixed": 2,
+            "far_quiz": 12, "far_lookup": 5, "reorder": 3, "copy": 6, "choice": 20, "facts": 13,
+            "letters": 15, "arithmetic": 10, "identity": 6, "smalltalk": 1, "unknown": 2,
+            "recall": 2, "spelling": 2, "story": 1, "mixed": 2,
         }),
     ],
     "sft": [

@@ -143,4 +143,6 @@ def test_given_parts_stand_in_the_answer_but_are_not_learned() -> None:
     assert ids == same and chat.text_of(parts) == "- a=B"
     given = len(TOK.encode("- a"))
     start = ids.index(TOK.encode_special(chat.ASSISTANT_START)) + 1
-    assert mask[start : start + given] == [0] * given and mask[start + given :] == all_learned[start + given :]
+    assert (
+        mask[start : start + given] == [0] * given and mask[start + given :] == all_learned[start + given :]
+    )

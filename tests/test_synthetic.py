@@ -25,7 +25,7 @@ from tasks.custom import check_messages
 from tasks.synthetic import has_word, heldout_lines
 
 # What the generator gave when the held-out sets were made.
-DIGEST = "92dfcb8d03f6c136584e33dbdd22b0bbebde71b292e4ac33add68d150ae29141"
+DIGEST = "0c9b57231a27f5531f9fc78ad7576e64ef3f3c04d355838ed79bd3f272370ca8"
 NANOCHAT_MIXED = 0x5B076B6DDE40A774
 NUM_DOCUMENTS = 6000
 NUM_CONVERSATIONS = 800

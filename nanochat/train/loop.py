@@ -43,7 +43,7 @@ class Rates:
 
 
 def pretraining_rates(primer: int, num_steps: int, warmup: int, warmdown: float, step: int) -> Rates:
-    """The lessons' rates for `primer` steps (flat, the last 40 % down to zero, no decay), then the documents'."""
+    """`primer` steps of lessons (flat, the last 40 % down to zero, no decay), then the documents' rates."""
     if step < primer:
         return Rates(linear_to_zero(step, primer, 0.4), post_training_momentum(step, primer), 0.0)
     k, N = step - primer, num_steps

@@ -26,7 +26,9 @@ def main() -> None:
         home = Home(Path(root))
         tok = RustBPETokenizer.train_from_iterator((document(1, i) for i in range(400)), 512)
         tok.save(home.tokenizer_dir)
-        base_train.main(["--preset=smoke", f"--home={root}", "--device=cpu", "--dtype=float32", "--lr-scale=1"])
+        base_train.main(
+            ["--preset=smoke", f"--home={root}", "--device=cpu", "--dtype=float32", "--lr-scale=1"]
+        )
         rows = read_metrics(home.metrics_file("main", "base"))
     losses = [row["loss"] for row in rows if "loss" in row]
     Path(__file__).with_name("losses.json").write_text(json.dumps({"smoke_base": losses}, indent=1) + "\n")

@@ -2,8 +2,8 @@
 
 Small models learn to look things up in steps, and only from tokens that can be known (docs/decisions.md):
 first `reorder`, where the entry stands right before the letter that belongs to it, then `lookup`, where the
-question names it, then `quiz`, where the question is about a fact and the entry must be known, last the same from
-farther away. Draws are independent, so that "the letter that has not been used yet" is never a hint.
+question names it, then `quiz`, where the question is about a fact and the entry must be known, last the
+same from farther away. Draws are independent, so that "the letter not used yet" is never a hint.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def reorder(rng: Rng) -> Turns:
 TAILS = (
     *("", ""),
     *(choices.RESPOND, choices.RESPOND),
-    *("\nAnswer with one letter.", " Say only the letter.", "\n\nChoose a letter."),
+    *("\nAnswer with one letter.", "\nSay only the letter.", "\n\nChoose a letter."),
 )
 
 
@@ -87,10 +87,8 @@ def asked_about(
         if n == 0:
             head = choices.HEAD if rng.chance(tails * 2 // 5) else ""
             lines = listed(shown)
-            text = f"{head}{text}\n{lines}\n" if rng.chance(list_last) else f"{lines}\n{head}{text}"
-        tail = rng.pick(TAILS) if rng.chance(tails) else ""
-        text = text + tail.lstrip(" ") if text.endswith("\n") and tail[:1] == " " else text.rstrip("\n") + tail
-        turns.append((text, MARKS[place]))
+            text = f"{head}{text}\n{lines}" if rng.chance(list_last) else f"{lines}\n{head}{text}"
+        turns.append((text + (rng.pick(TAILS) if rng.chance(tails) else ""), MARKS[place]))
     return turns
 
 
@@ -181,7 +179,13 @@ def table_document(rng: Rng) -> str:
     shown = [fact.answer for fact in chosen] if is_facts else entries(rng, len(chosen))
     told = [listed(shown)]
     for _ in range(rng.between(1, 2)):
-        forms: tuple[str, ...] = ("- {e}={m}", "- {e}={m}", "Which letter is {e}?\n{m}", "{m}: {e}", "And {e}? {m}")
+        forms: tuple[str, ...] = (
+            "- {e}={m}",
+            "- {e}={m}",
+            "Which letter is {e}?\n{m}",
+            "{m}: {e}",
+            "And {e}? {m}",
+        )
         if is_facts and rng.chance(60):
             forms = ("{q} {m}", "{q}\n{m}", "Question: {q}\n{m}, {e}")
         form = rng.pick(forms)
