@@ -285,8 +285,8 @@ class ConversationBatches(Prefetched):
     num_rows: planned rows of `epochs` (each reshuffled by seed); num_steps = ceil(num_rows / rows_per_step),
     by default one batch of every rank a step. Where the task has `ends` (a curriculum), the conversations
     before each of them come in rows before all later ones. What the last step lacks are the sequence's next
-    rows ("wrap", num_extra of them) or padding ("blank", right for evaluation). num_cut conversations were cut after
-    the last answer that fits; num_dropped had none.
+    rows ("wrap", num_extra of them) or padding ("blank", right for evaluation). num_cut conversations were
+    cut after the last answer that fits; num_dropped had none.
     """
 
     def __init__(
