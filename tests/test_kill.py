@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def train(home: Path, tag: str, forgetful: bool = False) -> int:
     code = 99
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        base_train.PRESETS["smoke"] = replace(base_train.PRESETS["smoke"], primer=None)  # test_train has one
         if forgetful:
             keep.join_arrays = lambda tree, arrays: None  # type: ignore[assignment]
         flags = ["--preset=smoke", "--device=cpu", "--dtype=float32", "--eval-every=0", "--sample-every=0"]
