@@ -50,7 +50,7 @@ class Settings:
     decay_scale: float = setting(1.0, "factor on the planned weight decay")
     warmup: int = setting(40, "warm-up steps")
     warmdown: float = setting(0.65, "share of the steps in the linear warm-down")
-    primer: str | None = setting(None, "lists to look things up in before the documents: smoke or cpu-demo")
+    primer: str | None = setting(None, "lessons before the embedded corpus: smoke or cpu-demo")
     packing: str = setting("carry", "carry (split and carry) or peer (cut and discard)")
     device: str | None = setting(None, "cpu, cuda or mps (default: what there is)")
     dtype: str | None = setting(None, "float32, bfloat16 or float16 (default: bfloat16 where fast)")
@@ -114,7 +114,7 @@ def train(cfg: Settings, rt: runtime.Runtime) -> None:
         cfg.data, home=home, seed=cfg.seed, num_shards=num_shards, mirror=cfg.mirror, offline=cfg.offline,
         disk_gb=cfg.disk_gb, damaged=cfg.damaged, quiet=not rt.is_main,
     )  # fmt: skip
-    lessons = primer(cfg.primer, cfg.seed) if cfg.primer else None
+    lessons = primer(cfg.primer, cfg.seed) if cfg.primer and cfg.data == "synthetic" else None
     with open_stage("base", cfg, rt, {"tokenizer": tok.fingerprint(), "data": source.fingerprint()}) as stage:
         if stage.finished:
             rt.say(f"base: already finished, bits per byte {stage.finished.get('val_bpb')}")
