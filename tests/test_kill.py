@@ -85,11 +85,13 @@ def finish(child: int) -> None:
         time.sleep(0.001)
 
 
-def kill(child: int) -> None:
+def kill(child: int) -> bool:
+    """Kill a child that is not waited for yet; False if it had finished all the same."""
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    if not os.WIFSIGNALED(status):
-        raise RuntimeError("the child was over before it was killed")
+    if status and not os.WIFSIGNALED(status):
+        raise RuntimeError(f"a run ended with exit code {os.waitstatus_to_exitcode(status)}")
+    return os.WIFSIGNALED(status)
 
 
 def kill_at_random(child: int, ckpt: Path, rng: random.Random, seconds: float, saving: bool) -> bool:
@@ -101,10 +103,20 @@ def kill_at_random(child: int, ckpt: Path, rng: random.Random, seconds: float, s
         seen |= set(ckpt.glob("tmp-*"))
         if len(seen) >= wanted if saving else time.monotonic() > moment:
             time.sleep(patience if saving else 0)
-            kill(child)
-            return True
+            return kill(child)
         time.sleep(0.0003)
     return False
+
+
+def stopped_halfway(child: int, ckpt: Path) -> bool:
+    """Kill after the first checkpoint; False if the run was over before."""
+    from nanochat import checkpoint
+
+    while not checkpoint.list_steps(ckpt):
+        if is_over(child):
+            return False
+        time.sleep(0.0003)
+    return kill(child)
 
 
 def outcome(home: Path, tag: str) -> dict[str, Any]:
@@ -174,14 +186,13 @@ def serve(home: Path) -> dict[str, Any]:
                 rows = read_metrics(Home(home).metrics_file(tags[-1], "base"))
                 most_redone = max([most_redone, *(row["step"] - newest for row in rows)])
 
-    child, ckpt = train(home, "forgetful"), Home(home).checkpoints("forgetful", "base")
-    while not checkpoint.list_steps(ckpt) and not is_over(child):
-        time.sleep(0.0003)
-    kill(child)
-    finish(train(home, "forgetful", forgetful=True))
+    forgetful = "forgetful"
+    while not stopped_halfway(train(home, forgetful), Home(home).checkpoints(forgetful, "base")):
+        forgetful += "-again"
+    finish(train(home, forgetful, forgetful=True))
     return {
         "straight": outcome(home, "straight"), "runs": [outcome(home, tag) for tag in tags], "kills": kills,
-        "in_saves": in_saves, "lost": lost, "most_redone": most_redone, "control": outcome(home, "forgetful"),
+        "in_saves": in_saves, "lost": lost, "most_redone": most_redone, "control": outcome(home, forgetful),
         "run_seconds": seconds,
     }  # fmt: skip
 
