@@ -1,7 +1,8 @@
 """Words and their letters: which words may be shown in training, spelling, counting letters with the tool.
 
 Two thirds of the words that training counts letters in do not exist, so that what is learned is to copy any
-word: syllables put together, or the beginning of one word and the end of another, which have the tokens of real words.
+word: syllables put together, or the beginning of a word and the end of another, which have the tokens of
+real words.
 The words of the list "new" belong to the held-out sets alone.
 """
 
