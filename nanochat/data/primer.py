@@ -16,7 +16,7 @@ LESSONS = "lessons"  # the cursor's key while the lessons last
 
 
 class Primed:
-    """`lessons`: a task or None. `batches(cursor)` resumes anywhere; without lessons `num_primer_steps` is 0."""
+    """`lessons`: a task or None. `batches(cursor)` resumes anywhere; num_primer_steps: 0 if None."""
 
     def __init__(
         self, lessons: Any, documents: Callable[..., Any], tok: Any, *,
