@@ -24,21 +24,25 @@ PRESETS = (*EMBEDDED, "single-gpu", "speedrun")
 # The embedded lessons, in order: (conversations of the cpu-demo, per cent of each kind). Looking things up
 # comes before the documents (primer) and on the way to multiple choice (mid): docs/decisions.md 33.
 LESSONS: dict[str, list[tuple[int, dict[str, int]]]] = {
-    "primer": [(4000, {"reorder": 100}), (11500, {"reorder": 40, "lookup": 38, "copy": 22})],
+    "primer": [
+        (4000, {"reorder": 100}),
+        (10000, {"reorder": 50, "lookup": 50}),
+        (3000, {"copy": 70, "lookup": 30}),
+    ],
     "mid": [
-        (2600, {"reorder": 45, "lookup": 45, "copy": 10}),
-        (6000, {"reorder": 12, "copy": 8, "lookup": 25, "quiz": 35, "facts": 20}),
-        (8200, {"reorder": 5, "far_lookup": 43, "far_quiz": 38, "choice": 9, "copy": 5}),
-        (15000, {
-            "far_quiz": 10, "far_lookup": 4, "reorder": 2, "copy": 7, "choice": 17, "facts": 13,
-            "letters": 16, "arithmetic": 10, "identity": 9, "smalltalk": 1, "unknown": 2,
+        (2600, {"reorder": 50, "lookup": 50}),
+        (6000, {"reorder": 15, "copy": 5, "lookup": 25, "quiz": 35, "facts": 20}),
+        (8500, {"reorder": 5, "far_lookup": 45, "far_quiz": 40, "choice": 10}),
+        (14000, {
+            "far_quiz": 11, "far_lookup": 5, "reorder": 2, "copy": 6, "choice": 18, "facts": 13,
+            "letters": 13, "arithmetic": 14, "identity": 8, "smalltalk": 1, "unknown": 2,
             "recall": 2, "spelling": 2, "story": 3, "mixed": 2,
         }),
     ],
     "sft": [
-        (17500, {
-            "far_quiz": 6, "choice": 15, "copy": 5, "facts": 17, "letters": 18, "arithmetic": 12,
-            "identity": 14, "smalltalk": 3, "unknown": 2, "recall": 2, "spelling": 2, "story": 2, "mixed": 2,
+        (17000, {
+            "far_quiz": 6, "choice": 16, "copy": 4, "facts": 17, "letters": 14, "arithmetic": 16,
+            "identity": 13, "smalltalk": 3, "unknown": 2, "recall": 2, "spelling": 2, "story": 2, "mixed": 2,
         }),
     ],
 }  # fmt: skip
