@@ -41,7 +41,7 @@ LESSONS: dict[str, list[tuple[int, dict[str, int]]]] = {
     ],
     "sft": [
         (17000, {
-            "far_quiz": 6, "choice": 16, "copy": 4, "facts": 17, "letters": 14, "arithmetic": 16,
+            "far_quiz": 6, "choice": 16, "copy": 4, "facts": 18, "letters": 14, "arithmetic": 16,
             "identity": 13, "smalltalk": 3, "unknown": 2, "recall": 2, "spelling": 2, "story": 2, "mixed": 2,
         }),
     ],
