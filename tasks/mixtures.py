@@ -34,7 +34,7 @@ LESSONS: dict[str, list[tuple[int, dict[str, int]]]] = {
         (6000, {"reorder": 15, "copy": 5, "lookup": 25, "quiz": 35, "facts": 20}),
         (8500, {"reorder": 5, "far_lookup": 45, "far_quiz": 40, "choice": 10}),
         (14000, {
-            "far_quiz": 11, "far_lookup": 5, "reorder": 2, "copy": 6, "choice": 18, "facts": 13,
+            "far_quiz": 11, "far_lookup": 4, "reorder": 2, "copy": 5, "choice": 18, "facts": 13,
             "letters": 13, "arithmetic": 14, "identity": 8, "smalltalk": 1, "unknown": 2,
             "recall": 2, "spelling": 2, "story": 3, "mixed": 2,
         }),
