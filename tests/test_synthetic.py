@@ -25,7 +25,7 @@ from tasks.custom import check_messages
 from tasks.synthetic import has_word, heldout_lines
 
 # What the generator gave when the held-out sets were made.
-DIGEST = "4f264ac1914bb5f3cb21db6e9179aac27fac3d3c4060b6edf3b14cf291af2eea"
+DIGEST = "7bf20264e36915bb5a7888242e01efcc099c1aa93e2b5331e282dc40ce6f9980"
 NANOCHAT_MIXED = 0x5B076B6DDE40A774
 NUM_DOCUMENTS = 6000
 NUM_CONVERSATIONS = 800
