@@ -147,7 +147,7 @@ def flat_rows(batches: list[Any]) -> list[Any]:
 def test_two_ranks_make_the_rows_of_one() -> None:
     alone = list(islice(rollouts(), PLAN.accum(1)))
     engine, task = Engine(small_model(), TOK), Checksums()
-    parts = [ask(engine, task, range(0, 2)[rank::2], PLAN) for rank in range(2)]
+    parts = [ask(engine, task, range(2)[rank::2], PLAN) for rank in range(2)]
     together: list[Any] = []
     for rank in range(2):
         rt = Runtime(RT.device, RT.dtype, rank, 2)
