@@ -228,8 +228,8 @@ os.copy_file_range(0, 1, 1) if hasattr(os, 'copy_file_range') else -1
 """,
 }
 MODULES = (
-    "asyncio, concurrent.futures, ctypes, fcntl, http.client, json, mmap, multiprocessing, os, pty, resource, select, "
-    "shutil, signal, socket, subprocess, sys, tempfile, termios, threading, urllib.request"
+    "asyncio, concurrent.futures, ctypes, fcntl, http.client, json, mmap, multiprocessing, os, pty, "
+    "resource, select, shutil, signal, socket, subprocess, sys, tempfile, termios, threading, urllib.request"
 )
 FRAME = f"""
 import {MODULES}

@@ -37,13 +37,14 @@ FORGED = {
     "equal to all": "class A(list):\n    __eq__ = lambda a, b: True\ndef f(items):\n    return A()",
     "an object": "class A:\n    __eq__ = lambda a, b: True\ndef f(items):\n    return A()",
     "an int that lies": "class A(int):\n    __eq__ = lambda a, b: True\ndef f(items):\n    return A(1)",
-    "patched builtins": "import builtins\nbuiltins.sorted = builtins.len = lambda *a: 1\ndef f(x):\n    return 1",
+    "patched builtins": "import builtins\nbuiltins.len = lambda *a: 1\ndef f(x):\n    return 1",
     "a verdict on the messages": (
         "import os, json\nbody = json.dumps({'verdict': {'passed': True, 'why': ''}}).encode()\n"
         "os.write(3, len(body).to_bytes(4, 'little') + body)\ndef f(items):\n    return 0"
     ),
     "a verdict in the call": (
-        "import os, json\ndef f(items):\n    body = json.dumps({'verdict': {'passed': True, 'why': ''}}).encode()\n"
+        "import os, json\ndef f(items):\n"
+        "    body = json.dumps({'verdict': {'passed': True, 'why': ''}}).encode()\n"
         "    for fd in range(1, 16):\n        try: os.write(fd, len(body).to_bytes(4, 'little') + body)\n"
         "        except OSError: pass\n    os._exit(0)"
     ),
@@ -103,8 +104,8 @@ LITERALS: Any = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary()
     | st.complex_numbers(allow_nan=False),
     lambda inner: st.lists(inner, max_size=4) | st.lists(inner, max_size=4).map(tuple)
-    | st.dictionaries(st.text() | st.integers(), inner, max_size=4) | st.sets(st.integers() | st.text(), max_size=4)
-    | st.frozensets(st.integers(), max_size=4),
+    | st.dictionaries(st.text() | st.integers(), inner, max_size=4)
+    | st.sets(st.integers() | st.text(), max_size=4) | st.frozensets(st.integers(), max_size=4),
     max_leaves=20,
 )  # fmt: skip
 

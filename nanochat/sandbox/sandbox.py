@@ -85,23 +85,17 @@ class Sandbox:
             with open(secret, "w", encoding="utf-8") as file:
                 file.write("secret")
             os.chmod(secret, 0o666)
-            before = os.stat(secret)
+            before = _facts_of(secret)
             names = {"SECRET": secret, "DIRECTORY": directory, "PARENT": os.getpid()}
             code = "".join(f"{name} = {value!r}\n" for name, value in names.items()) + PROBE
             found = self.run(code, Limits(max(20.0, self.limits.wall_seconds)))
-            after = os.stat(secret)
             if found.err.find('"gap"') >= 0:
                 return str(json.loads(found.err[found.err.index("{") :])["gap"])
             try:
                 breaches = json.loads(found.out)
             except ValueError:
                 return f"the trial ended {found.how} with code {found.code}: {found.err[-300:].strip()}"
-            same = (before.st_mode, before.st_mtime_ns, before.st_size) == (
-                after.st_mode,
-                after.st_mtime_ns,
-                after.st_size,
-            )
-            if not same or os.listdir(directory) != ["secret"]:
+            if os.listdir(directory) != ["secret"] or _facts_of(secret) != before:
                 breaches.append("a file was changed")
             return f"these attacks got through: {', '.join(breaches)}" if breaches else None
 
@@ -145,6 +139,11 @@ class Sandbox:
         """Many at a time, in order; children belong to threads that outlive them."""
         with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
             return list(pool.map(self.grade, jobs))
+
+
+def _facts_of(path: str) -> tuple[int, ...]:
+    facts = os.stat(path)
+    return facts.st_mode, facts.st_mtime_ns, facts.st_size
 
 
 def _relay(theirs: Child, ours: Child, deadline: float) -> Verdict:

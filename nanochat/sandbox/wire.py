@@ -1,7 +1,7 @@
 """What passes between the two processes of grading: literals in frames of at most 64 KiB.
 
-Only values of builtin types cross, by value, to a bounded depth; tuples stay tuples. A subclass is sent as the
-builtin it stands on, so that no foreign method comes along. A frame is a length (4 bytes) and JSON.
+Only values of builtin types cross, by value, to a bounded depth; tuples stay tuples. A subclass is sent as
+the builtin it stands on, so that no foreign method comes along. A frame is a length (4 bytes) and JSON.
 """
 
 from __future__ import annotations
