@@ -27,7 +27,7 @@ class Settings:
     home: str | None = setting(None, "directory of all runs (default: NANOCHAT_HOME, else the user's cache)")
     tag: str = setting("main", "name of the run")
     seed: int = setting(1, "seed of the sampler, where the temperature is not 0")
-    stage: str | None = setting(None, "mid, sft or rl (default: each one that has been trained)")
+    stage: str | None = setting(None, "mid, sft, dpo or rl (default: each one that has been trained)")
     step: int | None = setting(None, "checkpoint to measure (default: the newest)")
     tasks: str = setting("auto", "comma-separated names; auto: what fits the data the model was trained on")
     max_problems: int | None = setting(None, "examples per task (default: all)")
@@ -46,7 +46,7 @@ PRESETS = {
     "single-gpu": Settings(),
     "speedrun": Settings(),
 }
-STAGES = ("mid", "sft", "rl")
+STAGES = ("mid", "sft", "dpo", "rl")
 NUM_EXAMPLES = 3  # of each task in result.json
 
 
@@ -73,7 +73,7 @@ def trained_stages(home: Home, tag: str) -> list[str]:
 def measure(cfg: Settings, stage_name: str, rt: runtime.Runtime) -> None:
     home, name = Home.find(cfg.home), f"chat_eval_{stage_name}"
     if stage_name not in (*STAGES, "base"):
-        raise errors.UserError(f"--stage must be mid, sft or rl, found {stage_name!r}", "see --help")
+        raise errors.UserError(f"--stage must be mid, sft, dpo or rl, found {stage_name!r}", "see --help")
     model, tok, found = models.load_model(home, cfg.tag, stage_name, rt=rt, step=cfg.step)
     if cfg.num_samples > 1 and cfg.temperature == 0:
         raise errors.UserError(

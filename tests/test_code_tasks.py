@@ -29,7 +29,7 @@ HUMAN = {
 MBPP_ROWS = [
     {
         "text": "Write a function to count words by length.", "test_setup_code": "",
-        "code": "from collections import Counter as C\r\ndef by_length(words):\r\n  return C(map(len, words))",
+        "code": "from collections import Counter as C\r\ndef by_length(words):\r\n return C(map(len, words))",
         "test_list": ['assert by_length(["a", "b", "cc"]) == {1: 2, 2: 1}', "assert by_length([]) == {}"],
     },
     {

@@ -44,7 +44,8 @@ def main() -> None:
         os._exit(3)
     del gaps
     gc.collect()
-    {"run": _run, "candidate": _candidate, "tests": _tests}[role](orders, wire)
+    roles = {"run": _run, "candidate": _candidate, "tests": _tests}
+    roles[role](orders, wire)
 
 
 def _run(orders: dict[str, Any], wire: Any) -> None:
@@ -82,20 +83,16 @@ def _tests(orders: dict[str, Any], wire: Any) -> None:
         try:
             wire.send(OUT, {"arguments": wire.pack(list(arguments)), "named": wire.pack(named)})
             reply = wire.read_message(0)
-            if "error" in reply:
-                kind = getattr(builtins, str(reply["error"]), None)
-                is_usual = isinstance(kind, type) and issubclass(kind, Exception)
-                raised = (kind if is_usual else RuntimeError)(str(reply.get("text")))
-            else:
-                raised = None
+            if "error" not in reply:
                 result, changed = wire.unpack(reply["result"]), wire.unpack(reply["arguments"])
                 for mine, theirs in zip(arguments, changed, strict=True):
                     _copy_into(mine, theirs)
+                return result
+            kind = getattr(builtins, str(reply["error"]), None)
         except (ValueError, KeyError, TypeError, EOFError, OSError) as error:
             raise _NoAnswer(f"no answer that can be read: {error}") from error
-        if raised is not None:
-            raise raised
-        return result
+        is_usual = isinstance(kind, type) and issubclass(kind, Exception)
+        raise (kind if is_usual and kind else RuntimeError)(str(reply.get("text")))
 
     try:
         names = _execute(orders["helpers"], {"__name__": "tests"})

@@ -20,7 +20,7 @@ from nanochat.train.loop import Rates, TrainState
 from nanochat.train.rollout import Rewarded, Rollouts, RoundPlan
 from nanochat.train.run import run_stage
 from nanochat.train.stage import open_stage
-from nanochat.train.tune import SMEAR_LR, find_parent
+from nanochat.train.tune import SMEAR_LR, find_parent, parent_arrays
 
 RATES = {"wte_lr": 0.2, "lm_head_lr": 0.004, "matrix_lr": 0.02}  # mid-training's
 MOMENTUM = 0.95
@@ -42,7 +42,7 @@ def reinforce(cfg: Any, rt: Runtime, task: Rewarded, held_out: dict[str, Any]) -
     """Train the stage "rl" on `task` from the newest SFT (or mid) checkpoint; measure it on `held_out`."""
     plan, home = plan_of(cfg), Home.find(cfg.home)
     tok = RustBPETokenizer.from_directory(home.tokenizer_dir)
-    parent = find_parent(home, cfg.tag, ("sft", "mid"))
+    parent = find_parent(home, cfg.tag, ("dpo", "sft", "mid"))
     check_tokenizer(tok, parent.meta)
     name = [parent.meta["stage"], parent.meta["key"], parent.step]
     with open_stage("rl", cfg, rt, {"tokenizer": tok.fingerprint(), "parent": name}) as stage:
@@ -53,7 +53,7 @@ def reinforce(cfg: Any, rt: Runtime, task: Rewarded, held_out: dict[str, Any]) -
         model, reference = build(shape, rt), build(shape, rt) if cfg.reference or cfg.kl > 0 else None
         for each in (model, reference):
             if each is not None:
-                load_model_arrays(each, parent.tensors("model"))
+                load_model_arrays(each, parent_arrays(parent))
         optimizer = model.setup_optimizer(
             batch_tokens=base["batch_tokens"], weight_decay=0.0, lr_scale=cfg.lr_scale * base["lr_scale"],
             smear_backout_lr=base.get("smear_lr", SMEAR_LR) * cfg.lr_scale, **RATES,
