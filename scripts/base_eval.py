@@ -108,7 +108,8 @@ def measure(cfg: Settings, rt: runtime.Runtime) -> None:
         stage.finish(
             parent=parent, val_bpb=bpb if math.isfinite(bpb) else None, val_rows=rows.num_rows,
             samples=samples, core=facts["core"], core_note=note, core_tasks=facts["tasks"],
-            core_missing=missing, seconds=round(time.perf_counter() - begun, 2),
+            core_missing=missing, core_references=core.references(home.eval_bundle_dir) if tasks else {},
+            seconds=round(time.perf_counter() - begun, 2),
         )  # fmt: skip
 
 

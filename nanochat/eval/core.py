@@ -93,6 +93,17 @@ def load_tasks(bundle: Path) -> tuple[list[CoreTask], list[str]]:
     return here, [task.name for task in tasks if task not in here]
 
 
+def references(bundle: Path) -> dict[str, dict[str, float]]:
+    """Centred accuracies of the models whose results the bundle brings: {model: {task: value}}."""
+    found: dict[str, dict[str, float]] = {}
+    for path in sorted(bundle.glob("openai-community-*.csv")):
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file)][1:]
+        values = {row[0]: float(row[2]) for row in rows if len(row) > 2 and row[0] and row[2]}
+        found[path.stem.removeprefix("openai-community-")] = values
+    return found
+
+
 def fingerprint(tasks: Sequence[CoreTask]) -> str:
     """A short hash of the tasks and the sizes of their files."""
     facts = [[t.name, t.kind, t.num_shots, t.delimiter, t.chance, t.file.stat().st_size] for t in tasks]

@@ -1,9 +1,9 @@
 """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290): a better and a worse answer.
 
 loss = -log sigmoid(margin), margin = beta * ((c - c0) - (r - r0)), c and r the log-probabilities of the
-chosen and the rejected answer, c0 and r0 those of the parent. Its gradient is that of sum(weight * nll) with the
-weight beta * sigmoid(-margin) on the chosen answer's tokens and its negative on the rejected one's, so the
-common loop does it. Letters: B rows, T time.
+chosen and the rejected answer, c0 and r0 those of the parent. Its gradient is that of sum(weight * nll) with
+the weight beta * sigmoid(-margin) on the chosen answer's tokens and its negative on the rejected one's, so
+the common loop does it. Letters: B rows, T time.
 """
 
 from __future__ import annotations
