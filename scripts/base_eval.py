@@ -99,7 +99,9 @@ def measure(cfg: Settings, rt: runtime.Runtime) -> None:
         rt.say("\n".join(f"  | {prompt}{text}" for prompt, text in samples))
         facts: dict[str, Any] = {"core": None, "tasks": {}}
         if tasks:
-            facts = core.evaluate_core(tasks, model, tok, rt, max_per_task=cfg.max_per_task, say=rt.say)
+            cache = core.cache_file(home, found.records, tok, rt.dtype)
+            how: dict[str, Any] = {"max_per_task": cfg.max_per_task, "say": rt.say, "cache": cache}
+            facts = core.evaluate_core(tasks, model, tok, rt, **how)
             rt.say(
                 f"base_eval: CORE {facts['core']:.4f} over {len(tasks)} tasks{f'; {note}' if note else ''}"
             )
