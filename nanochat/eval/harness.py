@@ -6,6 +6,7 @@ Letters: N scored tokens.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,8 +78,7 @@ def continuations(
 
 def make_lm(model: Any, tok: Any) -> Any:
     """The model as an lm_eval LM. Raises ImportError without the package."""
-    from lm_eval.api.model import LM
-
+    LM: Any = importlib.import_module("lm_eval.api.model").LM
     engine = Engine(model, tok)
 
     class Nanochat(LM):
