@@ -21,6 +21,7 @@ from nanochat.data.loader import Batch
 from nanochat.errors import UserError
 from nanochat.gpt import GPTConfig
 from nanochat.models import build, check_tokenizer
+from nanochat.optim.groups import LM_HEAD_EPS
 from nanochat.optim.schedule import linear_to_zero, post_training_momentum
 from nanochat.paths import Home
 from nanochat.runtime import Runtime
@@ -157,7 +158,8 @@ def prefer(cfg: Any, rt: Runtime, records: Sequence[dict[str, Any]]) -> None:
             load_model_arrays(each, parent_arrays(parent))
         optimizer = model.setup_optimizer(
             batch_tokens=base["batch_tokens"], weight_decay=0.0, lr_scale=cfg.lr_scale * base["lr_scale"],
-            smear_backout_lr=base.get("smear_lr", SMEAR_LR) * cfg.lr_scale, **RATES,
+            smear_backout_lr=base.get("smear_lr", SMEAR_LR) * cfg.lr_scale,
+            lm_head_eps=base.get("lm_head_eps", LM_HEAD_EPS), **RATES,
         )  # fmt: skip
         how: dict[str, Any] = {"per_step": cfg.pairs, "device_batch": cfg.device_batch, "beta": cfg.beta}
         current: list[PairBatches] = []

@@ -10,6 +10,7 @@ from nanochat.errors import UserError
 from nanochat.eval.chat import evaluate_task
 from nanochat.gpt import GPTConfig
 from nanochat.models import build, check_tokenizer
+from nanochat.optim.groups import LM_HEAD_EPS
 from nanochat.optim.schedule import linear_to_zero
 from nanochat.paths import Home
 from nanochat.runtime import Runtime
@@ -56,7 +57,8 @@ def reinforce(cfg: Any, rt: Runtime, task: Rewarded, held_out: dict[str, Any]) -
                 load_model_arrays(each, parent_arrays(parent))
         optimizer = model.setup_optimizer(
             batch_tokens=base["batch_tokens"], weight_decay=0.0, lr_scale=cfg.lr_scale * base["lr_scale"],
-            smear_backout_lr=base.get("smear_lr", SMEAR_LR) * cfg.lr_scale, **RATES,
+            smear_backout_lr=base.get("smear_lr", SMEAR_LR) * cfg.lr_scale,
+            lm_head_eps=base.get("lm_head_eps", LM_HEAD_EPS), **RATES,
         )  # fmt: skip
         engine = Engine(model, tok)
         per_step = cfg.questions / cfg.updates

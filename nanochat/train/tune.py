@@ -16,6 +16,7 @@ from nanochat.gpt import GPTConfig
 from nanochat.lora import adapter_groups, add_adapters, merge
 from nanochat.models import build, check_tokenizer
 from nanochat.optim import MuonAdamW
+from nanochat.optim.groups import LM_HEAD_EPS
 from nanochat.paths import Home
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
