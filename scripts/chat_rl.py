@@ -51,7 +51,7 @@ class Settings:
 PRESETS = {
     "smoke": Settings(task="arithmetic", steps=4, questions=2, samples=4, max_tokens=8, eval_every=2,
                       eval_problems=4, eval_samples=2, save_every=2),
-    "cpu-demo": Settings(task="numbers", steps=100, max_tokens=40, device_batch=64, lr_scale=0.05,
+    "cpu-demo": Settings(task="numbers", steps=100, questions=8, max_tokens=40, device_batch=64, lr_scale=0.1,
                          eval_every=50, eval_problems=200, eval_samples=0, save_every=50),
     "single-gpu": Settings(device_batch=32),
     "speedrun": Settings(),

@@ -47,7 +47,7 @@ tr:hover td{background:var(--card)}
 figure{margin:0;background:var(--card);border-radius:10px;padding:.8rem;min-width:0}
 figure.wide{grid-column:1/-1}
 figcaption{font-weight:600}
-svg{width:100%;height:auto;display:block}
+svg{width:100%;height:auto;display:block;overflow:visible}
 svg text{fill:var(--soft);font-size:11px}
 svg .small{font-size:10px}
 .grid{stroke:var(--line)}
