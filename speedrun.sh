@@ -66,6 +66,9 @@ stage "pretraining"             "${train[@]}" scripts.base_train "${args[@]}"
 stage "base model, measured"    "${train[@]}" scripts.base_eval "${args[@]}"
 stage "mid-training"            "${train[@]}" scripts.mid_train "${args[@]}"
 stage "fine-tuning"             "${train[@]}" scripts.chat_sft "${args[@]}"
+case $preset in
+cpu-demo | smoke) stage "reinforcement" "${train[@]}" scripts.chat_rl "${args[@]}" ;; # on GPUs it takes hours: by hand
+esac
 stage "chat model, measured"    "${train[@]}" scripts.chat_eval "${args[@]}"
 stage "report"                  "$python" -m scripts.report "${args[@]}"
 

@@ -11,7 +11,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ["tok_train", "tok_eval", "base_train", "base_eval", "mid_train", "chat_sft", "chat_eval", "report"]
+STAGES = [
+    *(
+        "tok_train",
+        "tok_eval",
+        "base_train",
+        "base_eval",
+        "mid_train",
+        "chat_sft",
+        "chat_rl",
+        "chat_eval",
+        "report",
+    )
+]
 STAND_IN = """#!/usr/bin/env bash
 echo "$@" >>calls.txt
 case "$*" in *"scripts.${FAILING:-none} "*) exit "$CODE" ;; esac
