@@ -181,7 +181,8 @@ class Runner:
             if chunk.stop - chunk.start == 1
             and chunk.generation.strays[group] < pool.live_from(chunk.start, BLOCK_SIZE)
         }
-        if not members or (len(members) == 1 and len(self._runs(*members.values(), group)) == 1):
+        lone = next(iter(members.values())) if len(members) == 1 else None
+        if not members or (lone is not None and len(self._runs(lone, group)) == 1):
             return None
         ring = pool.row_blocks * BLOCK_SIZE
         rows = {chunk.generation.row: n for n, chunk in members.items()}
