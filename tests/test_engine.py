@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import nanochat.engine.engine as engine_module
 from nanochat.engine import Engine, KVCache
-from nanochat.engine.runner import Runner
+
 from nanochat.gpt import GPT, GPTConfig
 
 SPECIALS = [
@@ -77,35 +77,6 @@ def test_any_chunking(chunks: list[int]) -> None:
     assert cache.cache_seqlens.tolist() == [total, total] and cache.get_pos() == total
 
 
-def test_ragged_prefill_and_decode_equal_full() -> None:
-    """Rows of different lengths, dropped, copied and joined, each against its own full forward."""
-    runner = Runner(MODEL, num_rows=5, seq_len=340)
-    texts = [prompt(n) for n in (5, 320, 1)]
-    logits_BV = runner.prefill(texts)
-    for step in range(8):
-        with torch.no_grad():
-            whole_BV = torch.cat([MODEL(torch.tensor([text]))[:, -1] for text in texts])
-        torch.testing.assert_close(logits_BV, whole_BV, atol=1e-4, rtol=0)
-        if step == 2:  # a row leaves: the last one takes its place
-            runner.drop(0)
-            texts = [texts[2], texts[1]]
-        if step == 4:  # a row joins, another is forked
-            runner.prefill([prompt(40)])
-            runner.copy([1])
-            texts = [*texts, prompt(40), list(texts[1])]
-        nexts = [(7 * step + 31 * i) % 256 for i in range(len(texts))]
-        texts = [[*text, token] for text, token in zip(texts, nexts, strict=True)]
-        logits_BV = runner.decode(nexts)
-    assert runner.lengths == [len(text) for text in texts] == runner.cache.cache_seqlens[:4].tolist()
-
-
-def test_prefill_splits_into_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [prompt(n) for n in (30, 20, 12, 3, 1)]
-    together = Runner(MODEL, 5, 30).prefill(texts)
-    monkeypatch.setattr("nanochat.engine.runner.PREFILL_TOKENS", 25)
-    torch.testing.assert_close(Runner(MODEL, 5, 30).prefill(texts), together, atol=1e-4, rtol=0)
-
-
 # ---------------------------------------------------------------- greedy == naive, batch == one by one
 
 
@@ -142,47 +113,6 @@ def test_fork_equals_separate() -> None:
         assert ENGINE.generate_batch(PROMPTS[3], max_tokens=12, temperature=1.2, seed=5 + i)[0] == [result]
     forks = ENGINE.complete([PROMPTS[3]] * 4, max_tokens=12, temperature=1.2, seed=[5, 6, 7, 8], batch_size=4)
     assert [PROMPTS[3] + fork.ids for fork in forks] == results
-
-
-# ---------------------------------------------------------------- what is run
-
-
-def test_finished_rows_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = []
-    monkeypatch.setattr(
-        MODEL, "trunk", lambda ids, *rest: sizes.append(tuple(ids.shape)) or GPT.trunk(MODEL, ids, *rest)
-    )
-    texts = [prompt(4), prompt(6), prompt(8)]
-    first = ENGINE.complete(texts, max_tokens=1)
-    assert sizes == [(3, 8)]  # one token comes from the prompt's own pass
-    sizes.clear()
-    stops = [first[2].ids[0]]  # ends the third at once
-    found = ENGINE.complete(texts, max_tokens=6, stop_ids=stops)
-    ends = [len(c.ids) + (c.finish_reason == "stop") for c in found]
-    assert found[2].ids == [] and found[2].stop_id == stops[0]
-    assert sizes == [(3, 8)] + [(sum(end > step for end in ends), 1) for step in range(1, max(ends))]
-    sizes.clear()
-    ENGINE.complete([texts[0]] * 5, max_tokens=1, batch_size=5)
-    assert sizes == [(1, 4)]  # equal prompts are computed once
-    sizes.clear()
-    ENGINE.complete(
-        [prompt(4)] * 2 + [prompt(5)] * 3, max_tokens=3, batch_size=2, temperature=1.0, seed=range(5)
-    )
-    assert max(size[0] for size in sizes) == 2  # never more than asked for
-
-
-def test_rows_join_while_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = []
-    monkeypatch.setattr(
-        MODEL, "trunk", lambda ids, *rest: sizes.append(tuple(ids.shape)) or GPT.trunk(MODEL, ids, *rest)
-    )
-    texts = [prompt(n) for n in range(2, 12)]
-    first = [c.ids[0] for c in ENGINE.complete(texts, max_tokens=1)]
-    sizes.clear()
-    ENGINE.complete(texts, max_tokens=20, batch_size=4, stop_ids=first[::2])
-    prefills = [i for i, size in enumerate(sizes) if size[1] > 1]
-    assert len(prefills) > 2 and max(size[0] for size in sizes) == 4
-    assert sum(size[0] for size in sizes if size[1] > 1) == 10
 
 
 # ---------------------------------------------------------------- limits
@@ -352,7 +282,9 @@ def test_ended_by_somebody_else() -> None:
     batch = engine_module.Batch(MODEL, 2, 50)
     rows = [ENGINE.start(prompt(n), engine_module.Sampling(0.0), 20) for n in (4, 6)]
     batch.admit(rows)
-    batch.emit()
+    assert batch.emit() == [] and batch.room == 0  # nothing is computed yet
+    batch.compute()
+    assert batch.emit() == rows
     rows[0].finish_reason = "abort"
     batch.compute()
     assert batch.emit() == [rows[1]] and batch.rows == [rows[1]] and batch.room == 1

@@ -1,11 +1,5 @@
-"""The engine: prompts in, tokens out, many sequences at once, with the python tool.
+"""The engine: prompts in, tokens out, many sequences at once, with the python tool."""
 
-Sequences share forward passes and nothing else: what one draws depends on its own tokens, seed and settings.
-A step has two halves, so that a token can be shown before the next one is computed: `Batch.emit` chooses a
-token per row, `Batch.compute` runs the model on them. Prompt reuse between calls and preemption are not here.
-"""
-
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,39 +7,14 @@ from typing import Any
 import torch
 
 from nanochat import chat
-from nanochat.engine.runner import PlainRunner, Runner
-from nanochat.engine.sampling import Sampling, sample
+from nanochat.engine.batch import Batch, PlainBatch
+from nanochat.engine.network import Network, network_of
+from nanochat.engine.sampling import Sampling
+from nanochat.engine.sequence import Generation
+from nanochat.engine.text import TextStop
 from nanochat.engine.tools import ToolState
 
-
-class Generation:
-    """One prompt and what follows it. `mask` holds 1 for a sampled token, 0 for one that the tool forced.
-
-    finish_reason is None while it runs, then "stop" (the last token of `output` ended it) or "length".
-    """
-
-    def __init__(
-        self, prompt: list[int], limit: int, sampling: Sampling, stop_ids: frozenset[int], tool: ToolState
-    ) -> None:
-        self.prompt, self.limit, self.sampling, self.stop_ids = prompt, limit, sampling, stop_ids
-        self.output: list[int] = []
-        self.mask: list[int] = []
-        self.finish_reason: str | None = "length" if limit < 1 else None
-        self._tool = tool
-        self._forced: deque[int] = deque()
-
-    def take(self, sampled: int) -> None:
-        """Append the next token: a forced one if any waits, else the sampled one."""
-        is_forced = bool(self._forced)
-        token = self._forced.popleft() if is_forced else sampled
-        self.output.append(token)
-        self.mask.append(0 if is_forced else 1)
-        if not is_forced and token in self.stop_ids:
-            self.finish_reason = "stop"
-        elif len(self.output) >= self.limit:
-            self.finish_reason = "length"
-        else:
-            self._forced.extend(self._tool.feed(token))
+__all__ = ["Batch", "Completion", "Engine", "Generation", "Sampling"]
 
 
 @dataclass(frozen=True)
@@ -66,79 +35,18 @@ def is_ragged(model: Any) -> bool:
     return hasattr(model, "trunk")
 
 
-class Batch:
-    """Rows that are decoded together. They join whenever there is room and leave as they finish."""
-
-    def __init__(self, model: Any, num_rows: int, seq_len: int) -> None:
-        self.num_rows, self.rows = num_rows, list[Generation]()
-        self._runner = (Runner if is_ragged(model) else PlainRunner)(model, num_rows, seq_len)
-        self._logits_BV: torch.Tensor | None = None
-
-    @property
-    def room(self) -> int:
-        return self.num_rows - len(self.rows)
-
-    @property
-    def is_running(self) -> bool:
-        return any(row.finish_reason is None for row in self.rows)
-
-    def admit(self, generations: Sequence[Generation]) -> None:
-        """Compute the prompts, each different one once, and add the rows. Call it before `emit`."""
-        first_row: dict[tuple[int, ...], int] = {}
-        firsts: list[Generation] = []
-        copies: list[Generation] = []
-        sources: list[int] = []
-        for generation in generations:
-            key = tuple(generation.prompt)
-            if key in first_row:
-                copies.append(generation)
-                sources.append(first_row[key])
-            else:
-                first_row[key] = len(self.rows) + len(firsts)
-                firsts.append(generation)
-        new_BV = self._runner.prefill([generation.prompt for generation in firsts])
-        if copies:
-            self._runner.copy(sources)
-            new_BV = torch.cat([new_BV, new_BV[[source - len(self.rows) for source in sources]]])
-        old_BV = self._logits_BV if self.rows else None
-        self._logits_BV = new_BV if old_BV is None else torch.cat([old_BV, new_BV])
-        self.rows += firsts + copies
-
-    def emit(self) -> list[Generation]:
-        """Give every running row its next token; returns those rows. Finished ones leave the batch.
-
-        A row leaves too when somebody else has set its finish_reason.
-        """
-        assert self._logits_BV is not None
-        positions = [len(row.prompt) + len(row.output) for row in self.rows]
-        tokens = sample(self._logits_BV, [row.sampling for row in self.rows], positions)
-        running = []
-        for row, token in zip(self.rows, tokens, strict=True):
-            if row.finish_reason is None:
-                row.take(token)
-                running.append(row)
-        if self._runner.can_drop:
-            for i in reversed(range(len(self.rows))):
-                if self.rows[i].finish_reason is not None:
-                    self._runner.drop(i)
-                    self.rows[i] = self.rows[-1]
-                    self.rows.pop()
-        return running
-
-    def compute(self) -> None:
-        """Run the model on the last token of every row."""
-        if self.is_running:
-            self._logits_BV = self._runner.decode([row.output[-1] for row in self.rows])
-
-
 class Engine:
-    """Generates with a model and its tokenizer; holds no state between calls.
+    """Generates with a model and its tokenizer. Between calls it keeps the weights cast to `dtype` (default:
+    the model's compute dtype), and notices when the model's have changed.
 
-    The tokenizer needs encode_special, get_bos_token_id, encode and decode.
+    The tokenizer needs encode_special, get_bos_token_id, encode and decode; for stop strings, decode_bytes
+    and get_special_tokens too.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: Any, tokenizer: Any, dtype: torch.dtype | None = None) -> None:
+        self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
+        self._network: Network | None = None
+        self._seen: tuple = ()
         self.stop_ids = frozenset(
             (tokenizer.encode_special(chat.ASSISTANT_END), tokenizer.get_bos_token_id())
         )
@@ -154,28 +62,71 @@ class Engine:
         sampling: Sampling,
         max_tokens: int | None = None,
         stop_ids: Iterable[int] = (),
+        *,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        ignore_eos: bool = False,
+        top_logprobs: int | None = None,
+        prompt_top_logprobs: int | None = None,
+        salt: str = "",
+        uses_tool: bool = True,
     ) -> Generation:
         """A sequence ready to be admitted to a Batch; it ends with the context at the latest.
 
-        Raises ValueError for an empty prompt, one that leaves no room, or a negative max_tokens.
+        It ends at <|assistant_end|> and <|bos|> (unless ignore_eos) and at stop_ids, neither before
+        min_tokens have come, and once its text holds a `stop` string. top_logprobs and prompt_top_logprobs
+        ask for log-probabilities with so many likeliest tokens (see Generation). Only sequences of one salt
+        share cached prefixes. Raises ValueError for an empty prompt, one that leaves no room, or a negative
+        max_tokens.
         """
-        if len(prompt) >= self.context:
+        room = 0 if max_tokens == 0 and prompt_top_logprobs is not None else 1
+        if len(prompt) + room > self.context:
             raise ValueError(
                 f"the prompt must be shorter than {self.context} tokens, found {len(prompt)}; cut it"
             )
         room = self.context - len(prompt)
-        return self._start(prompt, room if max_tokens is None else min(max_tokens, room), sampling, stop_ids)
+        ends = frozenset(stop_ids) if ignore_eos else self.stop_ids.union(stop_ids)
+        return self._start(
+            prompt,
+            room if max_tokens is None else min(max_tokens, room),
+            sampling,
+            ends,
+            uses_tool,
+            min_tokens=min_tokens,
+            text_stop=TextStop(self.tokenizer, stop) if any(stop) else None,
+            top_logprobs=top_logprobs,
+            prompt_top_logprobs=prompt_top_logprobs,
+            salt=salt,
+        )
 
     def _start(
-        self, prompt: Sequence[int], limit: int, sampling: Sampling, stop_ids: Iterable[int]
+        self,
+        prompt: Sequence[int],
+        limit: int,
+        sampling: Sampling,
+        ends: frozenset[int],
+        uses_tool: bool = True,
+        **more: Any,
     ) -> Generation:
         if not prompt:
             raise ValueError("the prompt must hold at least one token, found none; begin with <|bos|>")
         if limit < 0:
             raise ValueError(f"max_tokens must be at least 0, found {limit}")
-        return Generation(
-            list(prompt), limit, sampling, self.stop_ids.union(stop_ids), ToolState(self.tokenizer)
-        )
+        tool = ToolState(self.tokenizer) if uses_tool else None
+        return Generation(prompt, limit, sampling, ends, tool, **more)
+
+    def network(self) -> Network:
+        """The model as it is now, ready to run: made when first asked for, and again after a change."""
+        seen = _fingerprint(self.model)
+        if self._network is None or seen != self._seen:
+            self._network, self._seen = network_of(self.model, self.dtype), seen
+        return self._network
+
+    def open_batch(self, num_rows: int, context: int, **how: Any) -> Batch | PlainBatch:
+        """A batch of this model; `how`: the other arguments of Batch."""
+        if is_ragged(self.model):
+            return Batch(self.model, num_rows, context, network=self.network(), **how)
+        return PlainBatch(self.model, num_rows, context)
 
     def generate(
         self,
@@ -200,7 +151,7 @@ class Engine:
         limit = max(0, self.context - len(tokens)) if max_tokens is None else max_tokens
         samples = [
             self._start(
-                tokens, limit, Sampling(temperature, top_k, top_p, min_p, seed + i, tuple(banned)), ()
+                tokens, limit, Sampling(temperature, top_k, top_p, min_p, seed + i, tuple(banned)), self.stop_ids
             )
             for i in range(num_samples)
         ]
@@ -209,14 +160,8 @@ class Engine:
     def _columns(self, samples: list[Generation]) -> Iterator[tuple[list[int], list[int]]]:
         if samples[0].limit < 1:
             return
-        batch = Batch(self.model, len(samples), len(samples[0].prompt) + samples[0].limit)
-        batch.admit(samples)
-        while True:
-            running = set(map(id, batch.emit()))
-            yield [s.output[-1] for s in samples], [s.mask[-1] if id(s) in running else 0 for s in samples]
-            if all(s.finish_reason for s in samples):
-                return
-            batch.compute()
+        batch = self.open_batch(len(samples), len(samples[0].prompt) + samples[0].limit)
+        yield from columns(batch, samples)
 
     def generate_batch(
         self, tokens: Sequence[int], num_samples: int = 1, **kwargs: Any
@@ -267,18 +212,46 @@ class Engine:
         ]
         # The longest prompts first, equal ones side by side.
         waiting = sorted((g for g in generations if g.limit), key=lambda g: (-len(g.prompt), g.prompt))
-        for group in [waiting] if is_ragged(self.model) else [[g] for g in waiting]:
-            self._run(deque(group), min(batch_size, len(group)))
+        for group in [waiting] if is_ragged(self.model) and waiting else [[g] for g in waiting]:
+            self._run(group, min(batch_size, len(group)))
         return [_completion(g) for g in generations]
 
-    def _run(self, waiting: deque[Generation], num_rows: int) -> None:
-        batch = Batch(self.model, num_rows, max((len(g.prompt) + g.limit for g in waiting), default=0))
-        while waiting or batch.is_running:
-            # Admitting several at a time keeps their padding and the number of passes low.
-            if waiting and batch.room >= min(len(waiting), max(1, num_rows // 4)):
-                batch.admit([waiting.popleft() for _ in range(min(batch.room, len(waiting)))])
+    def _run(self, group: list[Generation], num_rows: int) -> None:
+        context = max((len(g.prompt) + max(1, g.limit) for g in group), default=1)
+        if not is_ragged(self.model):
+            batch: Batch | PlainBatch = PlainBatch(self.model, num_rows, context)
+            batch.admit(group)
+        else:
+            batch = self.open_batch(num_rows, context, in_bursts=True)
+            batch.admit(group)
+            batch.compute()
+        while batch.is_running:
             batch.emit()
             batch.compute()
+
+
+def columns(
+    batch: Batch | PlainBatch, samples: Sequence[Generation]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """(tokens, masks) of samples of one prompt, step by step, as Engine.generate yields them."""
+    batch.admit(samples)
+    while any(s.finish_reason is None for s in samples):
+        running = set(map(id, batch.emit()))
+        if running:
+            yield [s.output[-1] for s in samples], [s.mask[-1] if id(s) in running else 0 for s in samples]
+        batch.compute()
+
+
+def _fingerprint(model: Any) -> tuple:
+    """Changes when the weights do: versions of the parameters, and a few entries of each, since whoever
+    writes through .data leaves the version as it is.
+    """
+    parameters = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
+    if not parameters:
+        return ()
+    with torch.no_grad():
+        few = [p.flatten()[:: max(1, p.numel() // 8)].float() for p in parameters]
+    return tuple((p.data_ptr(), p._version) for p in parameters), tuple(torch.cat(few).tolist())
 
 
 def _completion(generation: Generation) -> Completion:

@@ -4,6 +4,8 @@ Every row has its own length. What a model adds for itself (the previous token's
 along. Letters: L layers, B rows, S cached time, K key/value heads, E head size.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -84,3 +86,32 @@ class KVCache:
             cache[:, target, :length] = cache[:, source, :length]
         self.cache_seqlens[target] = self.cache_seqlens[source]
         self.prev_ids[target] = self.prev_ids[source]
+
+
+class PagedCache:
+    """Keys and values in blocks: kv[group] (layers, blocks * block_size, 2K, E), keys first, zeros at first.
+
+    Which block belongs to whom is decided elsewhere (nanochat.engine.blocks).
+    """
+
+    def __init__(
+        self,
+        num_layers: Sequence[int],
+        num_blocks: Sequence[int],
+        block_size: int,
+        num_heads: int,
+        head_dim: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        self.block_size, self.dtype = block_size, dtype
+        self.kv = [
+            torch.zeros(layers, blocks * block_size, 2 * num_heads, head_dim, device=device, dtype=dtype)
+            for layers, blocks in zip(num_layers, num_blocks, strict=True)
+        ]
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """(group, from, to): copy a block in every layer of its group."""
+        for group, source, target in copies:
+            blocks = self.kv[group].unflatten(1, (-1, self.block_size))
+            blocks[:, target] = blocks[:, source]

@@ -6,8 +6,9 @@ a row does not depend on its neighbours either. Letters: B rows, V vocabulary, N
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,7 +20,9 @@ class Sampling:
     """How one sequence draws its tokens; raises ValueError for settings outside their ranges.
 
     temperature 0 takes the likeliest token; top_k None or 0 and top_p 1 and min_p 0 keep every token; tokens
-    in `banned` are never drawn.
+    in `banned` are never drawn. logit_bias {id: nats} is added to the logits. repetition_penalty r divides
+    the positive logits of tokens that occur in prompt or output by r and multiplies the negative ones;
+    presence_penalty is taken once, frequency_penalty as often as it occurs, from each token of the output.
     """
 
     temperature: float = 1.0
@@ -28,6 +31,10 @@ class Sampling:
     min_p: float = 0.0
     seed: int = 42
     banned: tuple[int, ...] = ()
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -37,6 +44,17 @@ class Sampling:
         for name, value in (("top_p", self.top_p), ("min_p", self.min_p)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty must be finite and above 0, got {self.repetition_penalty}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
+        if not all(math.isfinite(bias) for bias in self.logit_bias.values()):
+            raise ValueError("logit_bias must hold finite numbers")
+
+    @property
+    def has_penalties(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -55,25 +73,90 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def sample(logits_BV: torch.Tensor, settings: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
-    """One token per row; positions[b] is the index that row b's new token will have in its sequence."""
+History = tuple[Sequence[int], Sequence[int]]  # ids of the prompt, ids of the output
+
+
+def sample(
+    logits_BV: torch.Tensor,
+    settings: Sequence[Sampling],
+    positions: Sequence[int],
+    histories: Sequence[History] | None = None,
+    bans: Sequence[Sequence[int]] | None = None,
+) -> list[int]:
+    """One token per row; positions[b] is the index that row b's new token will have in its sequence.
+
+    histories are needed by rows with penalties; bans[b] are ids that row b must not draw this time.
+    """
+    rows_BV = list[torch.Tensor]()
+    for row, s in enumerate(settings):
+        banned = (*s.banned, *(bans[row] if bans else ()))
+        if banned or s.logit_bias or s.has_penalties:
+            rows_BV = rows_BV or list(logits_BV.unbind())
+            rows_BV[row] = adjust(rows_BV[row], s, histories[row] if histories else ((), ()), banned)
+    if rows_BV:
+        logits_BV = torch.stack(rows_BV)
     groups: dict[tuple, list[int]] = {}
     for row, s in enumerate(settings):
-        groups.setdefault((s.temperature, s.top_k, s.top_p, s.min_p, s.banned), []).append(row)
+        groups.setdefault((s.temperature, s.top_k, s.top_p, s.min_p), []).append(row)
     tokens = [0] * len(settings)
-    for (temperature, top_k, top_p, min_p, banned), rows in groups.items():
+    chosen: list[tuple[list[int], torch.Tensor]] = []
+    for (temperature, top_k, top_p, min_p), rows in groups.items():
         part_BV = logits_BV if len(rows) == len(settings) else logits_BV[rows]
-        if banned:
-            banned_ids = torch.tensor(banned, device=part_BV.device)
-            part_BV = part_BV.index_fill(1, banned_ids, -math.inf)
         if temperature == 0:
-            chosen_B = part_BV.argmax(dim=1)
+            chosen.append((rows, part_BV.argmax(dim=1)))
         else:
             draws_B = torch.tensor([uniform(settings[r].seed, positions[r]) for r in rows])
-            chosen_B = draw(part_BV, draws_B.to(part_BV.device), temperature, top_k, top_p, min_p)
-        for row, token in zip(rows, chosen_B.tolist(), strict=True):
-            tokens[row] = token
+            chosen.append((rows, draw(part_BV, draws_B.to(part_BV.device), temperature, top_k, top_p, min_p)))
+    found = torch.cat([ids_B for _, ids_B in chosen]).tolist()  # the one place where the host waits
+    for row, token in zip((row for rows, _ in chosen for row in rows), found, strict=True):
+        tokens[row] = token
     return tokens
+
+
+def adjust(logits_V: torch.Tensor, s: Sampling, history: History, banned: Sequence[int] = ()) -> torch.Tensor:
+    """A row's logits after logit_bias, repetition, presence and frequency penalties and bans, in this order.
+
+    Ids outside the vocabulary are ignored.
+    """
+    logits_V = logits_V.float().clone()
+    vocab = logits_V.numel()
+
+    def index(ids: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(ids, dtype=torch.int64, device=logits_V.device)
+
+    if bias := {i: value for i, value in s.logit_bias.items() if 0 <= i < vocab}:
+        logits_V[index(list(bias))] += torch.tensor(list(bias.values()), device=logits_V.device)
+    prompt, output = history
+    if s.repetition_penalty != 1.0 and (seen := {*prompt, *output}):
+        ids_N = index(sorted(seen))
+        values_N = logits_V[ids_N]
+        logits_V[ids_N] = torch.where(
+            values_N > 0, values_N / s.repetition_penalty, values_N * s.repetition_penalty
+        )
+    if (s.presence_penalty or s.frequency_penalty) and (counts := Counter(output)):
+        penalties = [s.presence_penalty + s.frequency_penalty * count for count in counts.values()]
+        logits_V[index(list(counts))] -= torch.tensor(penalties, device=logits_V.device)
+    if inside := [i for i in banned if 0 <= i < vocab]:
+        logits_V[index(inside)] = -math.inf
+    return logits_V
+
+
+def top_logprobs(
+    logits_NV: torch.Tensor, tokens: Sequence[int], counts: Sequence[int]
+) -> list[tuple[float, list[tuple[int, float]]]]:
+    """For each row: the log-probability of its token, and its counts[n] likeliest (id, log-probability).
+
+    Of the raw logits, in nats; the likeliest first, so that a token equals the maximum iff it is one.
+    """
+    logprobs_NV = logits_NV.float().log_softmax(dim=1)
+    tokens_N1 = torch.tensor(tokens, device=logits_NV.device)[:, None]
+    own = logprobs_NV.gather(1, tokens_N1)[:, 0].tolist()
+    values_NK, ids_NK = logprobs_NV.topk(min(max(counts, default=0), logits_NV.size(1)), dim=1)
+    likeliest = zip(ids_NK.tolist(), values_NK.tolist(), strict=True)
+    return [
+        (mine, list(zip(ids[:count], values[:count], strict=True)))
+        for mine, (ids, values), count in zip(own, likeliest, counts, strict=True)
+    ]
 
 
 def draw(

@@ -123,3 +123,17 @@ class StopFilter:
     def _overlap(self, stop: str) -> int:
         longest = min(len(stop) - 1, len(self._held))
         return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
+
+
+class TextStop:
+    """Says when the text of a sequence, tool calls left out, holds one of several stop strings."""
+
+    def __init__(self, tok: Any, stops: Sequence[str]) -> None:
+        self._decoder, self._filter = PartDecoder(tok), StopFilter(stops)
+
+    def feed(self, token: int) -> bool:
+        """Take the next token; True from the one on that completes a stop string."""
+        for part, text in self._decoder.push(token):
+            if part == "text":
+                self._filter.push(text)
+        return self._filter.is_hit

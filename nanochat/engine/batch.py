@@ -1,0 +1,214 @@
+"""Sequences that are generated together: they join whenever there is room and leave as they finish.
+
+A step has two halves, so that a token can be shown before the next one is computed: `emit` chooses a token
+for every row whose logits are ready, `compute` runs the model. What a row draws depends on its own tokens,
+seed and settings alone. Letters: B rows, N tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from nanochat.engine.blocks import BlockManager
+from nanochat.engine.kv_cache import KVCache
+from nanochat.engine.network import Network, network_of
+from nanochat.engine.runner import BLOCK_SIZE, Runner, pools_for
+from nanochat.engine.sampling import sample, top_logprobs
+from nanochat.engine.scheduler import TOKEN_BUDGET, Chunk, Scheduler
+from nanochat.engine.sequence import Generation
+
+LOGITS_AT_ONCE = 1 << 23  # of a prompt's log-probabilities: 32 MB in fp32
+
+
+class Batch:
+    """Up to num_rows sequences of up to `context` tokens of a model with GPT's `trunk`.
+
+    network: the model made ready by somebody who keeps it (else it is made here, weights cast once).
+    token_budget: tokens computed in a step at most. num_blocks: of the cache, 16 tokens each (default: enough
+    for all rows at their longest); with fewer, sequences that do not fit wait, the newest are computed anew.
+    in_bursts: text that the tool forces appears in one emit, not a token an emit.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        num_rows: int,
+        context: int,
+        *,
+        network: Network | None = None,
+        token_budget: int = TOKEN_BUDGET,
+        num_blocks: int | None = None,
+        in_bursts: bool = False,
+    ) -> None:
+        self.num_rows, self.in_bursts = num_rows, in_bursts
+        pools = pools_for(model.config, num_rows, context, token_budget, num_blocks, BLOCK_SIZE)
+        self.blocks = BlockManager(pools, BLOCK_SIZE)
+        self.scheduler = Scheduler(self.blocks, num_rows, token_budget)
+        self.runner = Runner(network or network_of(model), model.config, pools, model.get_device())
+        self._ready: dict[Generation, torch.Tensor] = {}  # logits (V,) of rows that can draw
+        self._stacked_BV: torch.Tensor | None = None  # the same as one tensor, while it is
+
+    @property
+    def rows(self) -> list[Generation]:
+        """Sequences that have not ended, waiting ones too."""
+        everyone = [*self.scheduler.running, *self.scheduler.waiting]
+        return [row for row in everyone if row.finish_reason is None]
+
+    @property
+    def room(self) -> int:
+        """How many more sequences could run at once."""
+        return max(0, self.num_rows - len(self.rows))
+
+    @property
+    def is_running(self) -> bool:
+        return bool(self.rows)
+
+    def admit(self, generations: Sequence[Generation]) -> None:
+        """Queue sequences; more than there is room for wait. Equal prompts are computed once.
+
+        Raises ValueError for a prompt that could never fit into the cache.
+        """
+        leaders: dict[tuple, Generation] = {}
+        for generation in generations:
+            self.scheduler.add(generation)
+            if generation.prompt_top_logprobs is None:
+                leader = leaders.setdefault((generation.salt, tuple(generation.prompt)), generation)
+                generation.leader = None if leader is generation else leader
+
+    def emit(self) -> list[Generation]:
+        """Give a token to every row that can have one; returns those rows.
+
+        A row leaves when it has ended, or somebody else has set its finish_reason.
+        """
+        running = [row for row in self.scheduler.running if row.finish_reason is None]
+        forced = [row for row in running if row.forced]
+        drawing = [row for row in self._ready if row.finish_reason is None and not row.forced]
+        for row in forced:
+            row.take(-1)
+        if drawing:
+            if self._stacked_BV is None or len(self._stacked_BV) != len(drawing):
+                self._stacked_BV = torch.stack([self._ready[row] for row in drawing])
+            choose(drawing, self._stacked_BV)
+        self._ready = {row: logits_V for row, logits_V in self._ready.items() if row not in drawing}
+        self._stacked_BV = None
+        if self.in_bursts:
+            for row in drawing:
+                while row.forced and row.finish_reason is None:
+                    row.take(-1)
+        self.scheduler.sweep()
+        return [*forced, *drawing]
+
+    def compute(self) -> None:
+        """Run the model on what is known and not computed: next tokens, prompts, forced text."""
+        chunks, copies = self.scheduler.schedule()
+        self._ready = {row: logits_V for row, logits_V in self._ready.items() if row.row >= 0}
+        if not chunks:
+            return
+        hidden_ND = self.runner.run(chunks, copies)
+        ends, at = [], 0
+        for chunk in chunks:
+            if chunk.generation.prompt_logprobs is not None:
+                self._score_prompt(chunk, hidden_ND[at : at + chunk.stop - chunk.start])
+            at += chunk.stop - chunk.start
+            if chunk.stop == chunk.generation.num_tokens:
+                ends.append((chunk.generation, at - 1))
+        forks = self.scheduler.computed(chunks)
+        if not ends:
+            return
+        last_BD = hidden_ND if len(ends) == at else hidden_ND[[n for _, n in ends]]
+        logits_BV = self.runner.logits(last_BD)
+        is_all = not self._ready and not forks
+        self._ready |= {row: logits_V for (row, _), logits_V in zip(ends, logits_BV.unbind(), strict=True)}
+        self._ready |= {follower: self._ready[leader] for leader, follower in forks}
+        self._stacked_BV = logits_BV if is_all else None
+
+    def forget(self) -> None:
+        """Drop all known prefixes: the weights have changed."""
+        self.blocks.clear()
+
+    def _score_prompt(self, chunk: Chunk, hidden_ND: torch.Tensor) -> None:
+        """Log-probabilities of the prompt's tokens that follow the chunk's, a few rows of logits at a time."""
+        row = chunk.generation
+        assert row.prompt_logprobs is not None
+        num_logits = LOGITS_AT_ONCE // 50_000
+        stop = min(chunk.stop, len(row.prompt) - 1)
+        for position in range(len(row.prompt_logprobs) - 1, stop, num_logits):
+            until = min(stop, position + num_logits)
+            logits_NV = self.runner.logits(hidden_ND[position - chunk.start : until - chunk.start])
+            targets = row.prompt[position + 1 : until + 1]
+            row.prompt_logprobs += top_logprobs(logits_NV, targets, [row.prompt_top_logprobs or 0] * len(targets))
+        if row.limit < 1 and chunk.stop >= len(row.prompt):
+            row.finish_reason = "length"
+
+
+def choose(rows: Sequence[Generation], logits_BV: torch.Tensor) -> None:
+    """Give each row a token drawn from its logits; forced tokens come first where they wait."""
+    tokens = sample(
+        logits_BV,
+        [row.sampling for row in rows],
+        [len(row.prompt) + len(row.output) for row in rows],
+        [(row.prompt, row.output) for row in rows],
+        [row.banned_now for row in rows],
+    )
+    asking = [b for b, row in enumerate(rows) if row.top_logprobs is not None]
+    found: dict[int, Any] = {}
+    if asking:
+        counts = [rows[b].top_logprobs or 0 for b in asking]
+        scores = top_logprobs(logits_BV[asking], [tokens[b] for b in asking], counts)
+        found = dict(zip(asking, scores, strict=True))
+    for b, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+        row.take(token, found.get(b))
+
+
+class PlainBatch:
+    """Batch for a model that has only `forward(ids, kv_cache=...)`: samples of one prompt, all in step.
+
+    A dense cache with one position; a row that has ended goes on with its last token until all have.
+    """
+
+    def __init__(self, model: Any, num_rows: int, context: int) -> None:
+        self.model, self.num_rows, self.context = model, num_rows, context
+        self.rows: list[Generation] = []
+        self._cache = self._new_cache(1)
+        self._logits_BV: torch.Tensor | None = None
+
+    @property
+    def is_running(self) -> bool:
+        return any(row.finish_reason is None for row in self.rows)
+
+    @torch.no_grad()
+    def admit(self, generations: Sequence[Generation]) -> None:
+        """Compute the prompt, which all share, and copy its cache to every row. Once only."""
+        assert not self.rows and len({tuple(g.prompt) for g in generations}) == 1
+        self.rows = list(generations)
+        self._forward([generations[0].prompt])
+        if len(self.rows) > 1:
+            prefilled, self._cache = self._cache, self._new_cache(len(self.rows))
+            self._cache.prefill(prefilled)
+            assert self._logits_BV is not None
+            self._logits_BV = self._logits_BV.expand(len(self.rows), -1)
+
+    def emit(self) -> list[Generation]:
+        """Give every row that runs its next token; returns those rows."""
+        assert self._logits_BV is not None
+        running = [b for b, row in enumerate(self.rows) if row.finish_reason is None]
+        choose([self.rows[b] for b in running], self._logits_BV[running])
+        return [self.rows[b] for b in running]
+
+    @torch.no_grad()
+    def compute(self) -> None:
+        """Run the model on the last token of every row."""
+        if self.is_running:
+            self._forward([[row.output[-1]] for row in self.rows])
+
+    def _forward(self, rows: list[list[int]]) -> None:
+        ids_BT = torch.tensor(rows, device=self.model.get_device())
+        self._logits_BV = self.model.forward(ids_BT, kv_cache=self._cache)[:, -1]
+
+    def _new_cache(self, num_rows: int) -> KVCache:
+        cfg, dtype = self.model.config, getattr(self.model, "compute_dtype", torch.float32)
+        shape = (num_rows, cfg.n_kv_head, self.context, cfg.n_embd // cfg.n_head, cfg.n_layer)
+        return KVCache(*shape, self.model.get_device(), dtype)
