@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 import nanochat.engine.engine as engine_module
 from nanochat.engine import Engine, KVCache
-
 from nanochat.gpt import GPT, GPTConfig
 
 SPECIALS = [

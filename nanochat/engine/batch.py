@@ -20,7 +20,7 @@ from nanochat.engine.sampling import sample, top_logprobs
 from nanochat.engine.scheduler import TOKEN_BUDGET, Chunk, Scheduler
 from nanochat.engine.sequence import Generation
 
-LOGITS_AT_ONCE = 1 << 23  # of a prompt's log-probabilities: 32 MB in fp32
+SCORED_AT_ONCE = 128  # tokens of a prompt: their logits take 16 MB with 32,768 ids
 
 
 class Batch:
@@ -116,9 +116,11 @@ class Batch:
             if chunk.stop == chunk.generation.num_tokens:
                 ends.append((chunk.generation, at - 1))
         forks = self.scheduler.computed(chunks)
+        self.scheduler.sweep()  # a prompt that was only to be scored
+        ends = [(row, n) for row, n in ends if row.finish_reason is None]
         if not ends:
             return
-        last_BD = hidden_ND if len(ends) == at else hidden_ND[[n for _, n in ends]]
+        last_BD = hidden_ND if len(ends) == len(hidden_ND) else hidden_ND[[n for _, n in ends]]
         logits_BV = self.runner.logits(last_BD)
         is_all = not self._ready and not forks
         self._ready |= {row: logits_V for (row, _), logits_V in zip(ends, logits_BV.unbind(), strict=True)}
@@ -130,16 +132,17 @@ class Batch:
         self.blocks.clear()
 
     def _score_prompt(self, chunk: Chunk, hidden_ND: torch.Tensor) -> None:
-        """Log-probabilities of the prompt's tokens that follow the chunk's, a few rows of logits at a time."""
+        """Log-probabilities of the prompt's tokens that follow the chunk's, some rows of logits at a time."""
         row = chunk.generation
         assert row.prompt_logprobs is not None
-        num_logits = LOGITS_AT_ONCE // 50_000
         stop = min(chunk.stop, len(row.prompt) - 1)
-        for position in range(len(row.prompt_logprobs) - 1, stop, num_logits):
-            until = min(stop, position + num_logits)
+        for position in range(len(row.prompt_logprobs) - 1, stop, SCORED_AT_ONCE):
+            until = min(stop, position + SCORED_AT_ONCE)
             logits_NV = self.runner.logits(hidden_ND[position - chunk.start : until - chunk.start])
             targets = row.prompt[position + 1 : until + 1]
-            row.prompt_logprobs += top_logprobs(logits_NV, targets, [row.prompt_top_logprobs or 0] * len(targets))
+            row.prompt_logprobs += top_logprobs(
+                logits_NV, targets, [row.prompt_top_logprobs or 0] * len(targets)
+            )
         if row.limit < 1 and chunk.stop >= len(row.prompt):
             row.finish_reason = "length"
 

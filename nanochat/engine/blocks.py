@@ -126,7 +126,7 @@ class BlockManager:
         sequence.num_cached = max(sequence.num_cached, min(sequence.num_computed, len(sequence.prompt)))
 
     def has_room(self, sequence: Generation, stop: int, kept_frac: float) -> bool:
-        """Whether all its known tokens (in windows: those before `stop`) fit beside a share that stays free."""
+        """Whether its known tokens (in windows: those before `stop`) fit beside a share that stays free."""
         return all(
             len(pool.free) - self._missing(sequence, sequence.num_tokens if group == 0 else stop, group)
             >= int(kept_frac * pool.num_blocks)

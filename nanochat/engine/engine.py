@@ -151,7 +151,10 @@ class Engine:
         limit = max(0, self.context - len(tokens)) if max_tokens is None else max_tokens
         samples = [
             self._start(
-                tokens, limit, Sampling(temperature, top_k, top_p, min_p, seed + i, tuple(banned)), self.stop_ids
+                tokens,
+                limit,
+                Sampling(temperature, top_k, top_p, min_p, seed + i, tuple(banned)),
+                self.stop_ids,
             )
             for i in range(num_samples)
         ]

@@ -8,7 +8,7 @@ sequences, D width, H query heads, K key/value heads, E head size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanochat.cross_entropy import softcap
 from nanochat.fused import inverse_rms, rope_tables
-from nanochat.gpt import GPT, QK_SCALE, SMEAR_CHANNELS, VE_GATE_CHANNELS
+from nanochat.gpt import GPT, QK_SCALE, SMEAR_CHANNELS, VE_GATE_CHANNELS, Embedding
 
 # (layer, q (N, H, E), keys and values (N, 2K, E)) -> (N, H, E)
 Attend = Callable[[int, Tensor, Tensor], Tensor]
@@ -75,16 +75,17 @@ class FusedNetwork:
         self.config, self.dtype = model.config, dtype
         self.head_dim = model.config.n_embd // model.config.n_head
 
-        def cast(*weights: Tensor) -> Tensor:
+        def narrow(*weights: Tensor) -> Tensor:
             return (weights[0] if len(weights) == 1 else torch.cat(weights)).detach().to(dtype)
 
         def number(value: Tensor) -> float:
             return float(value.detach().to(dtype))
 
         self.wte_VD = model.wte.weight.detach()
-        self.head_VD = cast(model.lm_head.weight)[: model.config.vocab_size]
-        self.smear_gate, self.smear = cast(model.smear_gate.weight), number(model.smear_lambda)
+        self.head_VD = narrow(model.lm_head.weight)[: model.config.vocab_size]
+        self.smear_gate, self.smear = narrow(model.smear_gate.weight), number(model.smear_lambda)
         self.backout = number(model.backout_lambda)
+        values = cast("dict[str, Embedding]", model.value_embeds)
         self.layers = []
         for i, block in enumerate(model.blocks):
             attn = block.attn
@@ -93,12 +94,12 @@ class FusedNetwork:
                 (
                     number(model.resid_lambdas[i]),
                     number(model.x0_lambdas[i]),
-                    cast(attn.c_q.weight, attn.c_k.weight, attn.c_v.weight),
-                    cast(attn.c_proj.weight),
-                    cast(block.mlp.c_fc.weight),
-                    cast(block.mlp.c_proj.weight),
-                    cast(attn.ve_gate.weight) if attn.ve_gate is not None else None,
-                    model.value_embeds[str(i)].weight.detach() if has_gate else None,
+                    narrow(attn.c_q.weight, attn.c_k.weight, attn.c_v.weight),
+                    narrow(attn.c_proj.weight),
+                    narrow(block.mlp.c_fc.weight),
+                    narrow(block.mlp.c_proj.weight),
+                    narrow(attn.ve_gate.weight) if attn.ve_gate is not None else None,
+                    values[str(i)].weight.detach() if has_gate else None,
                 )
             )
 

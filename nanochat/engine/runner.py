@@ -90,7 +90,7 @@ class Runner:
         numbers_3N = torch.tensor([ids, prev, positions], device=self.device)
         attend = self._attend_paged(chunks) if self.is_paged else self._attend_views(chunks)
         lengths = [chunk.stop - chunk.start for chunk in chunks]
-        return self.network.hidden(*numbers_3N.unbind(), attend, lengths)
+        return self.network.hidden(numbers_3N[0], numbers_3N[1], numbers_3N[2], attend, lengths)
 
     @torch.no_grad()
     def logits(self, hidden_ND: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class Runner:
         that it has alone. Blocks that do not lie side by side are gathered first.
         """
         tier = pick(fa._override_impl, self.device, self.cache.dtype)
-        K, E, kv_dtype = self.num_kv_heads, self.head_dim, self.cache.dtype
+        K, kv_dtype = self.num_kv_heads, self.cache.dtype
         slots = [self._slots(chunks, group) for group in range(len(self._pools))]
         plans = [self._plan(chunks, group) for group in range(len(self._pools))]
 

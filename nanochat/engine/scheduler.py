@@ -41,7 +41,8 @@ class Scheduler:
         if not self.blocks.fits(len(generation.prompt) + 1):
             held = (self.blocks.pools[0].num_blocks - 1) * self.blocks.block_size
             raise ValueError(
-                f"the prompt must leave room in a cache of {held} tokens, found {len(generation.prompt)}; cut it"
+                f"the prompt must leave room in a cache of {held} tokens, "
+                f"found {len(generation.prompt)}; cut it"
             )
         if generation.finish_reason is None:
             self.waiting.append(generation)
@@ -104,9 +105,8 @@ class Scheduler:
             if not self._rows or budget == 0:
                 return
             leader = generation.leader
-            if leader is not None and leader.finish_reason is None and not leader.output:
-                if leader.row >= 0 and leader.num_computed < len(leader.prompt):
-                    continue  # its prompt is being computed: fork then
+            if leader is not None and leader.row >= 0 and leader.num_computed < len(leader.prompt):
+                continue  # its prompt is being computed: fork then
             generation.leader = None
             self.blocks.attach(generation)
             generation.row = self._rows[0]
