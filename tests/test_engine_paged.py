@@ -10,9 +10,10 @@ import pytest
 import torch
 from test_engine import BOS, END, OUT, OUT_END, PY, PY_END, Bytes, prompt, tiny
 
+import nanochat.engine.runner as runner_module
 from nanochat.engine.batch import Batch
 from nanochat.engine.engine import Engine, Sampling
-from nanochat.engine.network import FusedNetwork, TrunkNetwork
+from nanochat.engine.network import FusedNetwork, TrunkNetwork, fastest_dtype
 from nanochat.engine.sequence import Generation
 from nanochat.engine.tools import ToolState
 from nanochat.gpt import GPT, GPTConfig
@@ -167,6 +168,19 @@ def test_paged_kernels_equal_views(monkeypatch: pytest.MonkeyPatch) -> None:
         for pool in batch.blocks.pools:  # neighbours in time are no neighbours in memory
             monkeypatch.setattr(pool, "choose", lambda row, index, pool=pool: next(reversed(pool.free)))
         assert run(batch, [start(ids, 8, seed=i) for i, ids in enumerate(prompts)]) == wanted
+
+
+@pytest.mark.parametrize("limit", [0, 10**9])
+def test_masked_rows_equal_single_calls(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call for all rows or one a row; rows come and go, and pass the window's ring (272 + 16 slots)."""
+    monkeypatch.setattr("nanochat.engine.runner.CALL_BYTES", limit)
+    calls = []
+    real = runner_module.attend_kept
+    monkeypatch.setattr(runner_module, "attend_kept", lambda *a: (calls.append(len(a[0])), real(*a))[1])
+    group = [start(prompt(n), 70 + n // 4, seed=n) for n in (3, 250, 8, 300, 240, 31)]
+    batch = Batch(MODEL, 5, 400)
+    assert run(batch, group) == [alone(g.prompt, g.limit, seed=len(g.prompt)) for g in group]
+    assert (max(calls, default=0) == 5) == (limit > 0)
 
 
 def test_rows_lie_side_by_side() -> None:
@@ -349,5 +363,7 @@ def test_changed_weights_are_noticed() -> None:
 
 def test_weights_are_cast_once() -> None:
     network = FusedNetwork(MODEL, torch.float32)
-    assert network.head_VD.data_ptr() == MODEL.lm_head.weight.data_ptr()  # the same dtype: no copy at all
+    assert network.wte_VD.data_ptr() == MODEL.wte.weight.data_ptr()  # tables are not copied
+    assert torch.equal(network.head_VD, MODEL.lm_head.weight[:262])
+    assert fastest_dtype(MODEL, 0.002) in (torch.float32, torch.bfloat16)
     assert FusedNetwork(MODEL, torch.bfloat16).layers[0][2].dtype == torch.bfloat16

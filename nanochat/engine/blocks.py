@@ -49,11 +49,15 @@ class Pool:
         self.free = OrderedDict.fromkeys(range(1, self.num_blocks))
         self.freed_at = [0] * self.num_blocks
 
+    def home(self, row: int, index: int) -> int:
+        """The block that entry `index` of a row's table would like to be."""
+        return 1 + row * self.row_blocks + index % self.row_blocks
+
     def choose(self, row: int, index: int) -> int:
-        """A free block for entry `index` of a row's table: the one that lies right, unless it holds a prefix
-        of the more recent half; else the least recently used.
+        """A free block for entry `index` of a row's table: its home, unless that holds a prefix of the more
+        recent half; else the least recently used.
         """
-        wanted = 1 + row * self.row_blocks + index % self.row_blocks
+        wanted = self.home(row, index)
         oldest = next(iter(self.free))
         if wanted in self.free and (
             wanted not in self.node_of or 2 * self.freed_at[wanted] <= self.freed_at[oldest] + self.clock
@@ -152,7 +156,17 @@ class BlockManager:
                 table[tail] = block
             while len(table) < self.blocks_for(stop):
                 table.append(self._new(group, sequence.row, len(table)))
+        self._note_strays(sequence, tail if sequence.strays else 0)
         return True
+
+    def _note_strays(self, sequence: Generation, first: int) -> None:
+        """strays[group]: the last entry that is not at home, -1 for none; `first`: where the news begin."""
+        sequence.strays = sequence.strays or [-1] * len(self.pools)
+        for group, pool in enumerate(self.pools):
+            table, row = sequence.tables[group], sequence.row
+            away = [i for i in range(first, len(table)) if table[i] != pool.home(row, i)]
+            known = sequence.strays[group] if sequence.strays[group] < first else -1
+            sequence.strays[group] = max([known, *away])
 
     def computed(self, sequence: Generation) -> None:
         """Register the blocks that are full now, and let go of those that no window reaches any more."""
@@ -181,7 +195,8 @@ class BlockManager:
         for pool, table in zip(self.pools, sequence.tables, strict=bool(sequence.tables)):
             for block in reversed(table):
                 pool.drop(block)
-        sequence.tables, sequence.nodes, sequence.live_from, sequence.num_computed = [], [], [], 0
+        sequence.tables, sequence.nodes, sequence.live_from, sequence.strays = [], [], [], []
+        sequence.num_computed = 0
 
     def fork(self, source: Generation, target: Generation) -> None:
         """Let `target`, which has the same tokens, share all of the source's blocks, the partial one too."""

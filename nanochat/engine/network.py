@@ -7,6 +7,8 @@ sequences, D width, H query heads, K key/value heads, E head size, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
@@ -76,7 +78,8 @@ class FusedNetwork:
         self.head_dim = model.config.n_embd // model.config.n_head
 
         def narrow(*weights: Tensor) -> Tensor:
-            return (weights[0] if len(weights) == 1 else torch.cat(weights)).detach().to(dtype)
+            weight = (weights[0] if len(weights) == 1 else torch.cat(weights)).detach().to(dtype)
+            return by_columns(weight)
 
         def number(value: Tensor) -> float:
             return float(value.detach().to(dtype))
@@ -138,6 +141,36 @@ class FusedNetwork:
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Softcapped fp32 logits (N, V)."""
         return softcap(F.linear(hidden_ND, self.head_VD).float())
+
+
+def by_columns(weight: Tensor) -> Tensor:
+    """The same matrix, laid out for products with one token: on CPUs fp32 is read along the outputs (5.0
+    against 3.1 billion weights/s, one core of an AMD EPYC), bf16 as it is (7.5 against 5.2).
+    """
+    is_wide = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return weight.t().contiguous().t() if is_wide else weight
+
+
+@torch.no_grad()
+def fastest_dtype(model: GPT, seconds: float = 0.05) -> torch.dtype:
+    """fp32 or bf16, whichever multiplies one token by this model's layers sooner on this CPU; timed here.
+
+    Matrices that stay in the cache are best in fp32, larger ones in bf16 where the processor knows it.
+    """
+    best = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        weights = [by_columns(block.mlp.c_fc.weight.detach().to(dtype)) for block in model.blocks[:8]]
+        x_1D = torch.ones(1, model.config.n_embd, dtype=dtype)
+        best[dtype], until = float("inf"), time.perf_counter() + seconds / 2
+        for repeat in itertools.count():
+            begin = time.perf_counter()
+            if repeat > 2 and begin > until:
+                break
+            for weight in weights:
+                F.linear(x_1D, weight)
+            if repeat:  # the first call builds the kernel
+                best[dtype] = min(best[dtype], time.perf_counter() - begin)
+    return min(best, key=lambda dtype: best[dtype])
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ schedules nor samples. Letters: N tokens, H query heads, K key/value heads, E he
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from nanochat.engine.blocks import Copy, Pool
 from nanochat.engine.kv_cache import PagedCache
 from nanochat.engine.network import Network
 from nanochat.engine.scheduler import Chunk
+from nanochat.flash_attention.cache import attend_kept
 from nanochat.flash_attention.select import pick
 
 BLOCK_SIZE = 16
+CALL_BYTES = 400_000  # keys and values that a CPU reads in the time that a call of attention takes (20 us)
 
 
 def groups_of(config: Any) -> list[tuple[int | None, list[int]]]:
@@ -110,53 +113,100 @@ class Runner:
         return torch.tensor(slots, device=self.device)
 
     def _attend_views(self, chunks: Sequence[Chunk]) -> Any:
-        """Sequence by sequence over views of the cache: no mask, no padding, and a row's result is the one
-        that it has alone. Blocks that do not lie side by side are gathered first.
+        """Views of the cache: no padding is written, nothing is gathered where blocks lie side by side.
+
+        Short single tokens go together under a mask, everything else chunk by chunk.
         """
         tier = pick(fa._override_impl, self.device, self.cache.dtype)
         K, kv_dtype = self.num_kv_heads, self.cache.dtype
         slots = [self._slots(chunks, group) for group in range(len(self._pools))]
-        plans = [self._plan(chunks, group) for group in range(len(self._pools))]
+        spans, first = [], 0
+        for chunk in chunks:
+            spans.append((first, first + chunk.stop - chunk.start))
+            first = spans[-1][1]
+        teams = [self._team(chunks, spans, group) for group in range(len(self._pools))]
+        plans = []
+        for group, team in enumerate(teams):
+            rest = [n for n in range(len(chunks)) if team is None or n not in team.members]
+            plans.append([(*spans[n], self._runs(chunks[n], group)) for n in rest])
 
         def attend(layer: int, q_NHE: Tensor, kv_N2KE: Tensor) -> Tensor:
             group, i = self._place[layer]
             store_S2KE = self.cache.kv[group][i]
             store_S2KE.index_copy_(0, slots[group], kv_N2KE.to(kv_dtype))
-            q, window = q_NHE.to(kv_dtype), self._windows[group]
-            left = None if window < 0 else window
+            q_NHE, dtype, window = q_NHE.to(kv_dtype), q_NHE.dtype, self._windows[group]
+            team, left = teams[group], None if window < 0 else window
+            if team is not None and not plans[group]:
+                return team.attend(q_NHE, store_S2KE, K).to(dtype)
             outputs = []
             for first, stop, runs in plans[group]:
-                if len(runs) == 1:
-                    seen = store_S2KE[runs[0][0] : runs[0][1]]
-                else:
-                    seen = torch.cat([store_S2KE[a:b] for a, b in runs])
+                stretches = [store_S2KE[a:b] for a, b in runs]
+                seen = stretches[0] if len(runs) == 1 else torch.cat(stretches)
                 k, v = seen[None, :, :K], seen[None, :, K:]
-                outputs.append(tier.attend(q[None, first:stop], k, v, left, 0)[0])
-            y_NHE = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-            return y_NHE.to(q_NHE.dtype)
+                outputs.append(tier.attend(q_NHE[None, first:stop], k, v, left, 0)[0])
+            if team is None:
+                return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(dtype)
+            y_NHE = torch.empty_like(q_NHE)
+            y_NHE[team.tokens] = team.attend(q_NHE, store_S2KE, K)
+            for (first, stop, _), output in zip(plans[group], outputs, strict=True):
+                y_NHE[first:stop] = output
+            return y_NHE.to(dtype)
 
         return attend
 
-    def _plan(self, chunks: Sequence[Chunk], group: int) -> list[tuple[int, int, list[tuple[int, int]]]]:
-        """Per chunk: its first and last token + 1 among the N, and the stretches of slots that it reads."""
-        plan, first = [], 0
-        for chunk in chunks:
-            live = self._pools[group].live_from(chunk.start, BLOCK_SIZE)
-            num_blocks = -(-chunk.stop // BLOCK_SIZE)
-            blocks = chunk.generation.tables[group][live:num_blocks]
-            runs = list[tuple[int, int]]()
-            start = last = blocks[0]
-            for block in blocks[1:]:
-                if block != last + 1:
-                    runs.append((start * BLOCK_SIZE, (last + 1) * BLOCK_SIZE))
-                    start = block
-                last = block
-            unfilled = num_blocks * BLOCK_SIZE - chunk.stop
-            runs.append((start * BLOCK_SIZE, (last + 1) * BLOCK_SIZE - unfilled))
-            count = chunk.stop - chunk.start
-            plan.append((first, first + count, runs))
-            first += count
-        return plan
+    def _runs(self, chunk: Chunk, group: int) -> list[tuple[int, int]]:
+        """The stretches of slots that a chunk reads."""
+        live = self._pools[group].live_from(chunk.start, BLOCK_SIZE)
+        num_blocks = -(-chunk.stop // BLOCK_SIZE)
+        blocks = chunk.generation.tables[group][live:num_blocks]
+        runs, start, last = list[tuple[int, int]](), blocks[0], blocks[0]
+        for block in blocks[1:]:
+            if block != last + 1:
+                runs.append((start * BLOCK_SIZE, (last + 1) * BLOCK_SIZE))
+                start = block
+            last = block
+        unfilled = num_blocks * BLOCK_SIZE - chunk.stop
+        runs.append((start * BLOCK_SIZE, (last + 1) * BLOCK_SIZE - unfilled))
+        return runs
+
+    def _team(self, chunks: Sequence[Chunk], spans: Sequence[tuple[int, int]], group: int) -> _Team | None:
+        """The single tokens whose rows lie at home, if one masked call costs less than a call a row."""
+        pool = self._pools[group]
+        members = {
+            n: chunk
+            for n, chunk in enumerate(chunks)
+            if chunk.stop - chunk.start == 1
+            and chunk.generation.strays[group] < pool.live_from(chunk.start, BLOCK_SIZE)
+        }
+        if len(members) < 2:
+            return None
+        ring = pool.row_blocks * BLOCK_SIZE
+        rows = {chunk.generation.row: n for n, chunk in members.items()}
+        first, last = min(rows), max(rows)
+        width = min(ring, max(chunk.stop for chunk in members.values()))
+        start = (1 + first * pool.row_blocks) * BLOCK_SIZE
+        if start + (last - first) * ring + width > pool.num_blocks * BLOCK_SIZE:
+            return None
+        reach = ring if pool.window is None else pool.window
+        lone_slots = sum(min(chunk.stop, reach + 1) for chunk in members.values())
+        slot_bytes = 2 * self.num_kv_heads * self.head_dim * self.cache.dtype.itemsize
+        extra_slots = (last - first + 1) * width - lone_slots
+        if extra_slots * slot_bytes > len(members) * CALL_BYTES:
+            return None
+        filler = next(iter(members))
+        asked = [rows.get(row, filler) for row in range(first, last + 1)]
+        ends = torch.tensor([chunks[n].start for n in asked])[:, None]
+        back = (ends - torch.arange(width)) % ring
+        bias_BS = torch.zeros(back.shape, dtype=self.cache.dtype)
+        bias_BS.masked_fill_(back > ends.clamp(max=reach), -torch.inf)
+        order = sorted(members)
+        return _Team(
+            frozenset(members),
+            torch.tensor([spans[n][0] for n in order]),
+            torch.tensor([spans[n][0] for n in asked]),
+            torch.tensor([chunks[n].generation.row - first for n in order]),
+            bias_BS, start, ring,
+        )  # fmt: skip
 
     def _attend_paged(self, chunks: Sequence[Chunk]) -> Any:
         """By the interface's page tables: all single tokens in one call, each longer chunk in its own."""
@@ -198,3 +248,25 @@ class Runner:
             return y_NHE
 
         return attend
+
+
+@dataclass(frozen=True)
+class _Team:
+    """Rows r of one stretch of the pool, each a ring of `ring` slots, that attend in one call."""
+
+    members: frozenset[int]  # chunks
+    tokens: Tensor  # their places among the N tokens
+    asked: Tensor  # for each row of the stretch the token whose query it answers
+    rows: Tensor  # for each of `tokens` its row in the stretch
+    bias_BS: Tensor
+    start: int
+    ring: int
+
+    def attend(self, q_NHE: Tensor, store_S2KE: Tensor, num_kv_heads: int) -> Tensor:
+        """(len(tokens), H, E)."""
+        slot, head, _ = store_S2KE.stride()
+        shape = (*self.bias_BS.shape, num_kv_heads, store_S2KE.shape[2])
+        strides = (self.ring * slot, slot, head, 1)
+        offset = store_S2KE.storage_offset() + self.start * slot
+        k, v = (torch.as_strided(store_S2KE, shape, strides, offset + at * head) for at in (0, num_kv_heads))
+        return attend_kept(q_NHE[self.asked], k, v, self.bias_BS)[self.rows]

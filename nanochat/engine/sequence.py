@@ -65,6 +65,7 @@ class Generation:
         self.row = -1
         self.tables: list[list[int]] = []
         self.live_from: list[int] = []
+        self.strays: list[int] = []
         self.nodes: list[Any] = []
         self.leader: Generation | None = None
 
