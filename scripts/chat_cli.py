@@ -10,14 +10,12 @@ from __future__ import annotations
 import io
 import secrets
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
 
 from nanochat import config, errors
 from nanochat.config import setting
-from nanochat.engine.session import Session, open_engine
-from nanochat.engine.text import for_terminal
+from nanochat.engine.session import COMMANDS, Session, open_engine
+from nanochat.engine.terminal import answer, converse, history_file, reader, speaker
 from nanochat.paths import Home
 
 
@@ -30,15 +28,20 @@ class Settings:
     prompt: str | None = setting(None, "say this, print the answer and leave (also -p)")
     temperature: float = setting(0.6, "0: always the likeliest token; 1: as the model has learnt")
     top_k: int = setting(50, "draw from this many likeliest tokens (0: all)")
-    max_tokens: int = setting(256, "longest answer in tokens")
+    top_p: float = setting(1.0, "draw from the likeliest tokens that together reach this probability")
+    min_p: float = setting(0.0, "leave out tokens less likely than this times the likeliest")
+    repetition_penalty: float = setting(1.0, "above 1: tokens that have occurred become less likely")
+    presence_penalty: float = setting(0.0, "nats taken from each token that the answer holds already")
+    frequency_penalty: float = setting(0.0, "nats taken for each time that it does")
+    max_tokens: int = setting(256, "longest answer in tokens (0: to the end of the context)")
+    system: str | None = setting(None, "what the model shall keep in mind")
+    history: bool = setting(True, "keep what was typed for the arrow keys, in the home directory")
     seed: int | None = setting(None, "seed of the answers (default: another one each time)")
     device: str | None = setting(None, "cpu, cuda or mps (default: what there is)")
     dtype: str | None = setting(None, "float32 or bfloat16 (default: float32, on a GPU bfloat16)")
 
 
 PRESETS = {name: Settings() for name in ("smoke", "cpu-demo", "single-gpu", "speedrun")}
-
-Say = Callable[[str, bool], None]  # (text, is_aside): asides are not the model's words
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,94 +57,33 @@ def main(argv: list[str] | None = None) -> None:
     if opened.warning:
         print(f"note: {opened.warning}", file=sys.stderr)
     seed = secrets.randbelow(2**31) if settings.seed is None else settings.seed
-    session = Session(
-        opened.engine,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        max_tokens=settings.max_tokens,
-        seed=seed,
-    )
+    try:
+        session = Session(
+            opened.engine,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            max_tokens=settings.max_tokens,
+            seed=seed,
+            system=settings.system,
+            top_p=settings.top_p,
+            min_p=settings.min_p,
+            repetition_penalty=settings.repetition_penalty,
+            presence_penalty=settings.presence_penalty,
+            frequency_penalty=settings.frequency_penalty,
+        )
+    except ValueError as error:
+        raise errors.UserError(str(error), "see --help") from None
     prompt = settings.prompt
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read()
     if prompt is None:
         say(f"{settings.tag}/{opened.stage}, step {opened.step}, seed {seed}; /help for help\n", True)
-        converse(session, reader(), say)
+        past = history_file(Home.find(settings.home).root) if settings.history else None
+        converse(session, reader(past, COMMANDS), say)
         return
     if not prompt.strip():
         raise errors.UserError("the prompt is empty", "write it after -p, or into standard input")
     answer(session, session.ask(prompt.strip()), say, errors_end=True)
-
-
-def converse(session: Session, read: Callable[[], str], say: Say) -> None:
-    """Read and answer until /quit, the end of the input, or Ctrl-C twice at the prompt."""
-    is_leaving = False
-    while True:
-        try:
-            line = read().strip()
-            is_leaving = False
-            if line in ("/quit", "/exit"):
-                return
-            if line == "/regen":
-                answer(session, session.ask_again(), say)
-            elif line.startswith("/"):
-                say(session.obey(line) + "\n", True)
-            elif line:
-                answer(session, session.ask(line), say)
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            if is_leaving:
-                return
-            is_leaving = True
-            say("Ctrl-C again leaves\n", True)
-        except errors.UserError as error:
-            say(f"{error}\n", True)
-
-
-def answer(session: Session, pieces: Iterator[tuple[str, str]], say: Say, errors_end: bool = False) -> None:
-    """Say an answer as it comes. Ctrl-C ends it, keeps what has come, and goes on unless errors_end."""
-    if session.num_left_out:
-        say(f"(the oldest {session.num_left_out} messages do not fit any more and are left out)\n", True)
-    try:
-        with closing(pieces):  # type: ignore[type-var]
-            for text, is_tool in for_terminal(pieces):
-                say(text, is_tool)
-        say("\n", False)
-    except KeyboardInterrupt:
-        say(" (stopped)\n", True)
-        if errors_end:
-            raise
-
-
-def speaker() -> Say:
-    """Writes to the terminal, asides dim; plainly where the output is none."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False, soft_wrap=True)
-
-    def say(text: str, is_aside: bool) -> None:
-        console.print(Text(text, "dim" if is_aside else ""), end="")
-        console.file.flush()
-
-    return say
-
-
-def reader() -> Callable[[], str]:
-    """Reads lines with editing and a history that is forgotten at the end; Alt-Enter begins a new line."""
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.key_binding import KeyBindings
-    from prompt_toolkit.key_binding.key_processor import KeyPressEvent
-
-    keys = KeyBindings()
-
-    @keys.add("escape", "enter")
-    def _(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
-
-    prompt: PromptSession[str] = PromptSession(key_bindings=keys, prompt_continuation="... ")
-    return lambda: prompt.prompt("> ")
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def test_commands(tmp_path: Path) -> None:
     shown = talk(session, "/help", "/regen", "/topk x", "/temperature nan", "/nonsense", "/load")
     shown += talk(session, f"/load {tmp_path}/none.json", f"/load {file}")
     for expected in (
-        "/regen ",
+        "/retry ",
         "there is no command /nonsense",
         "found 'x'",
         "found 'nan'",

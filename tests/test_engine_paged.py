@@ -13,7 +13,7 @@ from test_engine import BOS, END, OUT, OUT_END, PY, PY_END, Bytes, prompt, tiny
 import nanochat.engine.runner as runner_module
 from nanochat.engine.batch import Batch
 from nanochat.engine.engine import Engine, Sampling
-from nanochat.engine.network import FusedNetwork, TrunkNetwork, fastest_dtype
+from nanochat.engine.network import FusedNetwork, Matrix, TrunkNetwork, cpu_dtype
 from nanochat.engine.sequence import Generation
 from nanochat.engine.tools import ToolState
 from nanochat.gpt import GPT, GPTConfig
@@ -364,6 +364,21 @@ def test_changed_weights_are_noticed() -> None:
 def test_weights_are_cast_once() -> None:
     network = FusedNetwork(MODEL, torch.float32)
     assert network.wte_VD.data_ptr() == MODEL.wte.weight.data_ptr()  # tables are not copied
-    assert torch.equal(network.head_VD, MODEL.lm_head.weight[:262])
-    assert fastest_dtype(MODEL, 0.002) in (torch.float32, torch.bfloat16)
-    assert FusedNetwork(MODEL, torch.bfloat16).layers[0][2].dtype == torch.bfloat16
+    assert torch.equal(network.head.many, MODEL.lm_head.weight[:262])
+    assert cpu_dtype(MODEL) == torch.float32
+    assert FusedNetwork(MODEL, torch.bfloat16).layers[0][2].many.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("size", [1.0, 1e9])
+def test_one_token_in_fp16_never_overflows(size: float) -> None:
+    """relu^2 has no bound: the input is scaled, the output is fp32, and nearer to the truth than bf16."""
+    rng = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(50, 90, generator=rng), torch.randn(1, 90, generator=rng) * size
+    matrix = Matrix(weight, torch.bfloat16, is_free=True)
+    wanted = x.double() @ weight.double().T
+    one, many = matrix(x), matrix(x.expand(2, -1))[:1]
+    errors = [float((y.double() - wanted).norm() / wanted.norm()) for y in (one, many)]
+    assert matrix.single is not None and one.dtype == torch.float32
+    assert errors[0] < 2e-3 < errors[1] < 2e-2
+    assert torch.equal(matrix(torch.zeros(1, 90)), torch.zeros(1, 50))
+    assert Matrix(weight * 1e6, torch.bfloat16).single is None  # fp16 could not hold it

@@ -1,11 +1,13 @@
 """A conversation of one person with a model: what has been said, and the next answer as it comes.
 
-It knows no terminal and no server. Answers are recomputed from the whole conversation; what no longer fits
-into the context is left out of the prompt from the oldest turn on, never from what can be saved.
+It knows no terminal and no server. A prompt is the whole conversation; what no longer fits into the context
+is left out of it from the oldest turn on, never from what can be saved.
 """
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,11 @@ from typing import Any
 import torch
 
 from nanochat import chat, models, runtime
-from nanochat.engine.engine import Engine
+from nanochat.engine.batch import Batch, PlainBatch
+from nanochat.engine.engine import Engine, columns, is_ragged
+from nanochat.engine.network import cpu_dtype
+from nanochat.engine.sampling import Sampling
+from nanochat.engine.sequence import Generation
 from nanochat.engine.text import PartDecoder, parts_of
 from nanochat.errors import UserError
 from nanochat.paths import Home, read_json, write_json
@@ -46,12 +52,14 @@ def open_engine(
 ) -> Opened:
     """The engine of a stage (None: the most trained one that has a checkpoint). Raises UserError without one.
 
-    dtype None is float32 except on a GPU: casting weights costs more than narrow products save at a few rows.
+    dtype None is bfloat16 on a GPU; on a CPU see cpu_dtype.
     """
     stage = stage or models.newest_stage(home, tag)
     has_gpu = device == "cuda" or (device is None and torch.cuda.is_available())
     rt = runtime.start(device, dtype or (None if has_gpu else "float32"))
     model, tok, found = models.load_model(home, tag, stage, rt=rt, step=step)
+    if dtype is None and model.get_device().type == "cpu":
+        model.compute_dtype = cpu_dtype(model)
     return Opened(Engine(model, tok), stage, found.step)
 
 
@@ -59,23 +67,46 @@ HELP = """\
 /system TEXT      what the model shall keep in mind (nothing: forget it)
 /temperature X    0 is always the likeliest token
 /topk N           draw from the N likeliest tokens (0: all)
-/regen            answer the last message again
+/retry            answer the last message again (also /regen)
+/tokens           how long the conversation is, how fast the last answer came
 /clear            begin a new conversation
 /save FILE        write the conversation as JSON; /load FILE goes on with it
+/help             this list
 /quit             leave, as Ctrl-D does
-Ctrl-C stops an answer; Alt-Enter begins a new line."""
+Ctrl-C stops an answer; Alt-Enter, or a backslash at the end, begins a new line;
+the arrow keys bring back what was said before."""
+COMMANDS = re.findall(r"/[a-z]+", HELP)
 
 
 class Session:
-    """Messages, the sampling settings, and `ask`. Reply n draws with seed + n, so that each differs."""
+    """Messages, the sampling settings, and `ask`. Reply n draws with seed + n, so that each differs.
 
-    def __init__(self, engine: Engine, *, temperature: float, top_k: int, max_tokens: int, seed: int) -> None:
+    max_tokens 0 is the rest of the context. `more`: other fields of Sampling. What the conversation shares
+    with the last prompt is not computed again. Raises ValueError for settings outside their ranges.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        temperature: float,
+        top_k: int,
+        max_tokens: int,
+        seed: int,
+        system: str | None = None,
+        **more: float,
+    ) -> None:
         self.engine, self.tok = engine, engine.tokenizer
-        self.temperature, self.top_k, self.max_tokens, self.seed = temperature, top_k, max_tokens, seed
-        self.system: str | None = None
+        self.temperature, self.top_k, self.seed, self.more = temperature, top_k, seed, more
+        self.max_tokens = max_tokens or engine.context
+        self.system = system
         self.messages: list[dict[str, Any]] = []
         self.num_left_out = 0  # oldest messages that the last prompt had no room for
+        self.last: Generation | None = None
+        self.last_seconds = 0.0
         self._num_replies = 0
+        self._batch: Batch | None = None
+        self._sampling()
 
     @property
     def conversation(self) -> chat.Conversation:
@@ -105,25 +136,39 @@ class Session:
         return self.ask(chat.text_of(text))
 
     def _answer(self, prompt: list[int]) -> Iterator[tuple[str, str]]:
-        special = self.tok.encode_special
-        columns = self.engine.generate(
-            prompt,
-            max_tokens=min(self.max_tokens, self.engine.context - len(prompt)),
-            temperature=self.temperature,
-            top_k=self.top_k,
-            seed=self.seed + self._num_replies,
-            banned=(special(chat.OUTPUT_START), special(chat.OUTPUT_END)),  # only the tool says these
-        )
+        room = min(self.max_tokens, self.engine.context - len(prompt))
+        row = self.engine.start(prompt, self._sampling(), room)
         self._num_replies += 1
-        ids: list[int] = []
+        begin = time.perf_counter()
         decoder = PartDecoder(self.tok)
         try:
-            for column, _ in columns:
-                ids.append(column[0])
+            for column, _ in columns(self._open(len(prompt) + room), [row]):
                 yield from decoder.push(column[0])
             yield from decoder.flush()
         finally:
-            self.messages.append({"role": "assistant", "content": parts_of(ids, self.tok)})
+            row.finish_reason = row.finish_reason or "abort"
+            self.last, self.last_seconds = row, time.perf_counter() - begin
+            self.messages.append({"role": "assistant", "content": parts_of(row.output, self.tok)})
+
+    def _sampling(self) -> Sampling:
+        special = self.tok.encode_special
+        return Sampling(
+            self.temperature,
+            self.top_k,
+            seed=self.seed + self._num_replies,
+            banned=(special(chat.OUTPUT_START), special(chat.OUTPUT_END)),  # only the tool says these
+            **self.more,
+        )
+
+    def _open(self, length: int) -> Batch | PlainBatch:
+        """The batch whose cache still holds the conversation; a new one for a model that cannot share."""
+        if not is_ragged(self.engine.model):
+            return self.engine.open_batch(1, length)
+        if self._batch is None or self._batch.runner.network is not self.engine.network():
+            opened = self.engine.open_batch(1, self.engine.context)
+            assert isinstance(opened, Batch)
+            self._batch = opened
+        return self._batch
 
     def _prompt(self) -> list[int]:
         """The ids to continue, with room for the answer: its limit, or a quarter of the context if that is
@@ -139,6 +184,17 @@ class Session:
         raise UserError(
             f"the message is too long: {len(ids)} tokens, and the model reads {self.engine.context - room}",
             "cut it into pieces",
+        )
+
+    def _counts(self) -> str:
+        whole = len(self.tok.render_conversation(self.conversation)[0]) if self.messages else 0
+        said = f"the conversation has {whole:,} of {self.engine.context:,} tokens"
+        if self.last is None or not self.last.output:
+            return said
+        count, seconds = len(self.last.output), max(self.last_seconds, 1e-9)
+        return (
+            f"{said}; the last answer: {count} in {seconds:.2f} s, {count / seconds:.1f} a second, "
+            f"{self.last.num_cached} of {len(self.last.prompt)} before it known already"
         )
 
     def _with_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -172,6 +228,8 @@ class Session:
         if command == "/clear":
             self.messages.clear()
             return "a new conversation"
+        if command == "/tokens":
+            return self._counts()
         if command == "/system":
             self.system = rest or None
             return f"keeping in mind: {rest}" if rest else "nothing to keep in mind"

@@ -1,0 +1,229 @@
+"""Generation on this machine: against recomputing, against a plain loop, and against its memory.
+
+    python benchmarks/bench_engine.py --csv=auto
+    python benchmarks/bench_engine.py --only=bandwidth --depth=20 --csv=auto
+
+decode: one sequence. mixed: 32 requests of mixed lengths at once, as tokens a second of them all. Both
+against `model.generate`, which computes the whole row for every token, and against a plain loop with a KV cache, one
+prompt at a time, which casts the fp32 weights at every step (compute dtype bfloat16) or has none to cast
+(float32). bandwidth: one sequence of a model too large for any cache; bytes a step has to move (matrices as
+they are stored, keys and values, rows of tables) over the rate at which this machine sums 200 MB.
+
+--clock=cpu counts the process's own seconds, for machines with other work; the other work still takes its
+share of the memory. Weights are random: speed does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from bench_train import record_path
+
+from nanochat import scaling
+from nanochat.engine.batch import Batch
+from nanochat.engine.engine import Sampling
+from nanochat.engine.kv_cache import KVCache
+from nanochat.engine.network import FusedNetwork, cpu_dtype
+from nanochat.engine.sequence import Generation
+from nanochat.gpt import GPT, GPTConfig
+
+FLOORS = {"decode": 3.0, "mixed": 15.0, "bandwidth": 0.55}  # times the plain loop that casts; share
+NUM_REQUESTS = 32
+
+
+def model_of(depth: int, vocab: int, context: int, head_dim: int) -> GPT:
+    """Random matrices; tables of value embeddings stay zero, for memory that nobody touches costs nothing."""
+    plan = scaling.plan(depth, head_dim=head_dim, sequence_len=context, vocab_size=vocab, num_steps=1)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**plan.config()))
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "value_embeds" in name:
+                parameter.data = torch.zeros(parameter.shape)
+            else:
+                parameter.uniform_(-0.03, 0.03)
+    return model.eval()
+
+
+def plain_loop(model: GPT, prompt: list[int], num_tokens: int) -> Iterator[int]:
+    """A dense cache, one token at a time, nothing prepared: greedy."""
+    cfg = model.config
+    cache = KVCache(
+        1, cfg.n_kv_head, len(prompt) + num_tokens, cfg.n_embd // cfg.n_head, cfg.n_layer, "cpu",
+        model.compute_dtype,
+    )  # fmt: skip
+    ids = prompt
+    with torch.inference_mode():
+        for _ in range(num_tokens):
+            ids = [int(model(torch.tensor([ids]), kv_cache=cache)[0, -1].argmax())]
+            yield ids[0]
+
+
+def step_seconds(tokens: Iterator[int], clock: Callable[[], float]) -> float:
+    """Median time of a token after the first."""
+    next(tokens)
+    times = [clock()]
+    for _ in tokens:
+        times.append(clock())
+    gaps = sorted(b - a for a, b in itertools.pairwise(times))
+    return gaps[len(gaps) // 2]
+
+
+def engine_tokens(batch: Batch, prompt: list[int], num_tokens: int) -> Iterator[int]:
+    row = Generation(prompt, num_tokens, Sampling(0.0), frozenset())
+    batch.admit([row])
+    while batch.is_running:
+        if batch.emit():
+            yield row.output[-1]
+        batch.compute()
+
+
+def prompt_of(length: int, vocab: int) -> list[int]:
+    return torch.randint(vocab, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+def mixed_requests(vocab: int, context: int) -> list[tuple[list[int], int]]:
+    """(prompt, tokens to write): prompts of 1/32 to 1/4 of the context, answers of 1/16 to 1/4."""
+    rng = torch.Generator().manual_seed(1)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=rng))
+
+    return [
+        (prompt_of(number(context // 32, context // 4), vocab), number(context // 16, context // 4))
+        for _ in range(NUM_REQUESTS)
+    ]
+
+
+def run_mixed(batch: Batch, requests: list[tuple[list[int], int]], clock: Callable[[], float]) -> float:
+    """Tokens a second, prompts' time included."""
+    begin = clock()
+    batch.admit([Generation(p, n, Sampling(0.0), frozenset()) for p, n in requests])
+    while batch.is_running:
+        batch.emit()
+        batch.compute()
+    return sum(n for _, n in requests) / (clock() - begin)
+
+
+def read_rate(clock: Callable[[], float], seconds: float = 1.0) -> float:
+    """Bytes/s of summing 200 MB, best of as many as fit."""
+    data = torch.ones(50 << 20)
+    best, until = float("inf"), clock() + seconds
+    while clock() < until:
+        begin = clock()
+        data.sum()
+        best = min(best, clock() - begin)
+    return data.numel() * 4 / best
+
+
+def bytes_per_step(model: GPT, dtype: torch.dtype, context: int, kv_bytes: int = 4) -> int:
+    """What one token has to move at `context` cached tokens."""
+    cfg, counts = model.config, model.num_scaling_params()
+    kv_dim = cfg.n_kv_head * (cfg.n_embd // cfg.n_head)
+    seen = sum(min(context, window + 1) for window in cfg.windows)
+    tables = 2 * cfg.n_embd + len(model.value_embeds) * kv_dim
+    keys_and_values = 2 * kv_dim * kv_bytes * (seen + cfg.n_layer)
+    return counts["scaling"] * dtype.itemsize + keys_and_values + 4 * tables
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="decode,mixed", help="of decode, mixed, bandwidth")
+    parser.add_argument("--depth", type=int, default=12)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--vocab", type=int, default=32768)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--dtype", help="of the engine's matrices: float32, bfloat16 (default: by cpu_dtype)")
+    parser.add_argument("--tokens", type=int, default=24, help="per measurement of one sequence")
+    parser.add_argument("--plain-requests", type=int, default=3, help="of the 32, given to the plain loop")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument("--csv", help="file to write, or auto for benchmarks/record/MACHINE/DATE-engine.csv")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    clock = time.perf_counter if args.clock == "wall" else time.process_time
+    model = model_of(args.depth, args.vocab, args.context, args.head_dim)
+    dtype = getattr(torch, args.dtype) if args.dtype else cpu_dtype(model)
+    network = FusedNetwork(model, dtype)
+    rows: list[dict[str, object]] = []
+
+    def note(what: str, how: str, **found: object) -> None:
+        row = {
+            "benchmark": what, "how": how, "depth": args.depth, "width": model.config.n_embd,
+            "vocab": args.vocab, "context_tokens": args.context, "dtype": str(dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(), "clock": args.clock,
+            "step_seconds": "", "tokens_per_second": "", "ratio": "", "floor": "", "bytes_per_step": "",
+            "read_bytes_per_second": "",
+        }  # fmt: skip
+        rows.append({**row, **found})
+        print("  ".join(f"{key} {value}" for key, value in rows[-1].items() if value != ""), flush=True)
+
+    def batch_of(num_rows: int) -> Batch:
+        return Batch(model, num_rows, args.context, network=network)
+
+    wide, narrow = torch.float32, torch.bfloat16
+    if "decode" in args.only:
+        prompt = prompt_of(args.context // 4, args.vocab)
+        ours = step_seconds(engine_tokens(batch_of(1), prompt, args.tokens), clock)
+        note("decode", "engine", step_seconds=round(ours, 6), tokens_per_second=round(1 / ours, 2))
+        for how, compute in (("plain, casts", narrow), ("plain, fp32", wide), ("model.generate", wide)):
+            model.compute_dtype = compute
+            is_naive = how == "model.generate"
+            tokens = model.generate(prompt, 3, 0) if is_naive else plain_loop(model, prompt, args.tokens // 2)
+            theirs = step_seconds(tokens, clock)
+            floor = FLOORS["decode"] if how != "plain, fp32" else ""
+            note(
+                "decode", how, step_seconds=round(theirs, 6), tokens_per_second=round(1 / theirs, 2),
+                ratio=round(theirs / ours, 2), floor=floor,
+            )  # fmt: skip
+    if "mixed" in args.only:
+        requests = mixed_requests(args.vocab, args.context)
+        ours = run_mixed(batch_of(NUM_REQUESTS), requests, clock)
+        note("mixed", "engine", tokens_per_second=round(ours, 2))
+        for how, compute in (("plain, casts", narrow), ("plain, fp32", wide)):
+            model.compute_dtype = compute
+            begin, some = clock(), requests[: args.plain_requests]
+            for prompt, count in some:
+                assert len(list(plain_loop(model, prompt, count))) == count
+            theirs = sum(count for _, count in some) / (clock() - begin)
+            floor = FLOORS["mixed"] if compute == narrow else ""
+            note(
+                "mixed", how, tokens_per_second=round(theirs, 2), ratio=round(ours / theirs, 2), floor=floor
+            )
+    if "bandwidth" in args.only:
+        prompt = prompt_of(args.context // 4, args.vocab)
+        rate = read_rate(clock)
+        ours = step_seconds(engine_tokens(batch_of(1), prompt, args.tokens), clock)
+        rate = max(rate, read_rate(clock))
+        moved = bytes_per_step(model, dtype, len(prompt) + args.tokens // 2)
+        note(
+            "bandwidth", "engine", step_seconds=round(ours, 6), tokens_per_second=round(1 / ours, 2),
+            ratio=round(moved / ours / rate, 3), floor=FLOORS["bandwidth"], bytes_per_step=moved,
+            read_bytes_per_second=round(rate),
+        )  # fmt: skip
+    if args.csv:
+        path = Path(args.csv) if args.csv != "auto" else record_path("engine")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        with open(path, "a", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            if is_new:
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
