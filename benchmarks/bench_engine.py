@@ -4,10 +4,10 @@
     python benchmarks/bench_engine.py --only=bandwidth --depth=20 --csv=auto
 
 decode: one sequence. mixed: 32 requests of mixed lengths at once, as tokens a second of them all. Both
-against `model.generate`, which computes the whole row for every token, and against a plain loop with a KV cache, one
-prompt at a time, which casts the fp32 weights at every step (compute dtype bfloat16) or has none to cast
-(float32). bandwidth: one sequence of a model too large for any cache; bytes a step has to move (matrices as
-they are stored, keys and values, rows of tables) over the rate at which this machine sums 200 MB.
+against `model.generate`, which computes the whole row for every token, and against a plain loop with a KV
+cache, one prompt at a time, which casts the fp32 weights at every step (compute dtype bfloat16) or has none
+to cast (float32). bandwidth: one sequence of a model too large for any cache; bytes a step has to move
+(matrices as they are stored, keys and values, rows of tables) over what this machine reads meanwhile.
 
 --clock=cpu counts the process's own seconds, for machines with other work; the other work still takes its
 share of the memory. Weights are random: speed does not depend on them.
@@ -115,15 +115,22 @@ def run_mixed(batch: Batch, requests: list[tuple[list[int], int]], clock: Callab
     return sum(n for _, n in requests) / (clock() - begin)
 
 
-def read_rate(clock: Callable[[], float], seconds: float = 1.0) -> float:
-    """Bytes/s of summing 200 MB, best of as many as fit."""
-    data = torch.ones(50 << 20)
-    best, until = float("inf"), clock() + seconds
-    while clock() < until:
+def bandwidth(
+    tokens: Iterator[int], clock: Callable[[], float], data_bytes: int = 200 << 20
+) -> tuple[float, float]:
+    """(median seconds of a token, median bytes/s of summing 200 MB), in turn: both see the same load."""
+    data = torch.ones(data_bytes // 4)
+    next(tokens)
+    steps, reads = list[float](), list[float]()
+    while True:
         begin = clock()
+        if next(tokens, None) is None:
+            break
+        middle = clock()
         data.sum()
-        best = min(best, clock() - begin)
-    return data.numel() * 4 / best
+        steps.append(middle - begin)
+        reads.append(clock() - middle)
+    return sorted(steps)[len(steps) // 2], data_bytes / sorted(reads)[len(reads) // 2]
 
 
 def bytes_per_step(model: GPT, dtype: torch.dtype, context: int, kv_bytes: int = 4) -> int:
@@ -200,14 +207,10 @@ def main() -> None:
                 assert len(list(plain_loop(model, prompt, count))) == count
             theirs = sum(count for _, count in some) / (clock() - begin)
             floor = FLOORS["mixed"] if compute == narrow else ""
-            note(
-                "mixed", how, tokens_per_second=round(theirs, 2), ratio=round(ours / theirs, 2), floor=floor
-            )
+            note("mixed", how, tokens_per_second=round(theirs, 2), ratio=round(ours / theirs, 2), floor=floor)
     if "bandwidth" in args.only:
         prompt = prompt_of(args.context // 4, args.vocab)
-        rate = read_rate(clock)
-        ours = step_seconds(engine_tokens(batch_of(1), prompt, args.tokens), clock)
-        rate = max(rate, read_rate(clock))
+        ours, rate = bandwidth(engine_tokens(batch_of(1), prompt, args.tokens), clock)
         moved = bytes_per_step(model, dtype, len(prompt) + args.tokens // 2)
         note(
             "bandwidth", "engine", step_seconds=round(ours, 6), tokens_per_second=round(1 / ours, 2),

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from nanochat import chat, checkpoint
-from nanochat.engine import Engine
-from nanochat.engine.session import Session, open_engine
+from nanochat.engine import Engine, terminal
+from nanochat.engine.session import COMMANDS, Session, open_engine
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.paths import Home
@@ -106,7 +106,7 @@ def test_commands(tmp_path: Path) -> None:
         "/temperature 0.5",
         "/topk 7",
         "hello",
-        "/regen",
+        "/retry",
         f"/save {file}",
         "/clear",
     )
@@ -180,6 +180,78 @@ def test_each_reply_draws_anew() -> None:
     assert said(1) == said(1) and said(1)[0] != said(1)[1] and said(1) != said(2)
 
 
+def small(sequence_len: int = 300) -> GPT:
+    """A random model that never ends its answers by itself."""
+    model = GPT(GPTConfig(sequence_len, TOK.get_vocab_size(), 2, 2, 1, 32, "SL"))
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=rng) * 0.3)
+    return model
+
+
+def test_later_turns_compute_only_what_is_new() -> None:
+    """And say what a session without a past would."""
+    how = {"temperature": 0.8, "top_k": 0, "max_tokens": 30, "seed": 1}
+    session = Session(Engine(small(), TOK), **how, repetition_penalty=1.2)
+    talk(session, "hello there " * 12, "hello again")
+    assert session.last is not None and session.last.num_cached >= 16
+    fresh = Session(Engine(small(), TOK), **how, repetition_penalty=1.2)
+    fresh.messages, fresh._num_replies = session.messages[:2], 1
+    pieces = list(fresh.ask("hello again"))
+    assert fresh.last is not None and fresh.last.num_cached == 0
+    assert fresh.last.output == session.last.output and pieces
+    shown = talk(session, "/tokens", "/clear", "/tokens")
+    assert "of 300 tokens; the last answer: 30 in" in shown and "the conversation has 0 of 300" in shown
+    assert f"{session.last.num_cached} of {len(session.last.prompt)} before it known already" in shown
+
+
+def test_an_interrupted_turn_leaves_a_working_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(Engine(small(), TOK), temperature=0.8, top_k=0, max_tokens=20, seed=1)
+    pieces = session.ask("hello")
+    next(pieces)
+    pieces.close()  # the reader has had enough
+    assert session.last is not None and session.last.finish_reason == "abort"
+    assert len(session.last.output) < 20 and len(list(session.ask("hello again"))) > 1
+    assert [m["role"] for m in session.messages] == ["user", "assistant"] * 2
+    network = session.engine.network()
+    monkeypatch.setattr(network, "hidden", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert "(stopped)" in talk(session, "hello")
+    monkeypatch.undo()
+    assert "(stopped)" not in talk(session, "hello")
+
+
+def test_no_limit_goes_to_the_end_of_the_context() -> None:
+    session = Session(Engine(small(120), TOK), temperature=0.0, top_k=0, max_tokens=0, seed=1)
+    talk(session, "hello")
+    assert session.last is not None
+    assert len(session.last.prompt) + len(session.last.output) == 120 or session.last.finish_reason == "stop"
+
+
+def typed(keys: str, history: Path | None, times: int = 1) -> list[str]:
+    """What the reader returns when a person types these keys."""
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
+    with create_pipe_input() as pipe:
+        pipe.send_text(keys)
+        read = terminal.reader(history, COMMANDS, input=pipe, output=DummyOutput())
+        return [read() for _ in range(times)]
+
+
+def test_arrow_keys_and_several_lines(tmp_path: Path) -> None:
+    up, left, alt_enter = "\x1b[A", "\x1b[D", "\x1b\r"
+    file = terminal.history_file(tmp_path / "home")
+    assert file is not None and file.stat().st_mode & 0o777 == 0o600
+    assert typed(f"first\rsecnd{left}{left}o\r", file, 2) == ["first", "second"]
+    assert typed(f"{up}\r", file) == ["second"]  # another day
+    assert typed(f"{up}x\r", None) == ["x"]
+    assert typed(f"one{alt_enter}two\\\rthree\r", None) == ["one\ntwo\nthree"]
+    assert {"/temperature", "/retry", "/tokens", "/quit"} <= set(COMMANDS)  # what Tab completes
+    (tmp_path / "file").touch()
+    assert terminal.history_file(tmp_path / "file") is None
+
+
 # ---------------------------------------------------------------- a trained model, through main
 
 
@@ -233,6 +305,8 @@ def test_bad_words(home: Path, capsys: pytest.CaptureFixture, monkeypatch: pytes
         ["--tempreture=1"],
         [f"--home={home}", "-p", "  "],
         [f"--home={home / 'none'}", "-p", "x"],
+        [f"--home={home}", "-p", "x", "--top-p=2"],
+        [f"--home={home}", "-p", "x", "--repetition-penalty=0"],
     ):
         with pytest.raises(UserError):
             chat_cli.main(words)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.engine.sampling import Sampling, draw, sample, uniform
+from nanochat.engine.sampling import Sampling, adjust, draw, sample, top_logprobs, uniform
 from nanochat.engine.text import PartDecoder, StopFilter, answer_of, parts_of
 
 
@@ -74,6 +74,66 @@ def test_seed_independent_of_neighbours() -> None:
     assert sample(logits_BV.flip(0), mixed[::-1], [9, 4, 9, 3, 9, 9]) == together[::-1]
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(-30, 30), min_size=8, max_size=8),
+    st.lists(st.integers(0, 7), max_size=6),
+    st.lists(st.integers(0, 7), max_size=6),
+    st.dictionaries(st.integers(-2, 9), st.sampled_from([-100.0, -1.5, 2.0]), max_size=3),
+    st.sampled_from([0.5, 1.0, 1.3]),
+    st.sampled_from([-0.5, 0.0, 0.7]),
+    st.sampled_from([-0.25, 0.0, 1.1]),
+)
+def test_penalties_match_reference(
+    steps: list, prompt: list, output: list, bias: dict, repeat: float, presence: float, frequency: float
+) -> None:
+    """logit_bias, then repetition over prompt and output, then presence and frequency over the output."""
+    how = Sampling(
+        0.0,
+        logit_bias=bias,
+        repetition_penalty=repeat,
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+    )
+    wanted = []
+    for token, step in enumerate(steps):
+        z = step / 4 + bias.get(token, 0.0)
+        if token in prompt or token in output:
+            z = z / repeat if z > 0 else z * repeat
+        if token in output:
+            z -= presence + frequency * output.count(token)
+        wanted.append(z)
+    logits_V = torch.tensor(steps) / 4
+    found_V = adjust(logits_V, how, (prompt, output), [3, 99])
+    wanted[3] = -math.inf
+    torch.testing.assert_close(found_V, torch.tensor(wanted), atol=1e-5, rtol=0)
+    assert torch.equal(logits_V, torch.tensor(steps) / 4)  # the caller's are left alone
+    together = sample(logits_V.expand(2, -1), [Sampling(0.0), how], [9, 9], [((), ()), (prompt, output)])
+    assert together[0] == int(logits_V.argmax())
+    plain = adjust(logits_V, how, (prompt, output))
+    assert plain[together[1]] == plain.max()
+
+
+def test_bans_of_one_draw() -> None:
+    logits_BV = torch.tensor([[3.0, 2.0, 1.0]] * 2)
+    assert sample(logits_BV, [Sampling(0.0)] * 2, [0, 0], bans=[(0,), (0, 1)]) == [1, 2]
+
+
+def test_top_logprobs() -> None:
+    logits_NV = torch.randn(5, 30, generator=torch.Generator().manual_seed(2))
+    tokens, counts = [3, 0, 29, 7, 7], [0, 1, 5, 30, 99]
+    wanted = logits_NV.log_softmax(1)
+    for n, (own, likeliest) in enumerate(top_logprobs(logits_NV, tokens, counts)):
+        assert own == float(wanted[n, tokens[n]])
+        assert len(likeliest) == min(30, counts[n])
+        assert likeliest == [
+            (i, float(wanted[n, i])) for i in wanted[n].argsort(descending=True)[: counts[n]].tolist()
+        ]
+    assert top_logprobs(logits_NV[:1], [int(logits_NV[0].argmax())], [1])[0][1][0][1] == float(
+        wanted[0].max()
+    )
+
+
 def test_chi_square() -> None:
     probs = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.04, 0.01])
     for chosen in (
@@ -115,6 +175,10 @@ def test_edges_of_a_draw() -> None:
         {"top_k": -1},
         {"top_p": 1.1},
         {"min_p": -0.1},
+        {"repetition_penalty": 0},
+        {"presence_penalty": math.nan},
+        {"frequency_penalty": math.inf},
+        {"logit_bias": {1: math.inf}},
     ],
 )
 def test_settings_out_of_range(bad: dict) -> None:

@@ -92,7 +92,8 @@ class Batch:
             if self._stacked_BV is None or len(self._stacked_BV) != len(drawing):
                 self._stacked_BV = torch.stack([self._ready[row] for row in drawing])
             choose(drawing, self._stacked_BV)
-        self._ready = {row: logits_V for row, logits_V in self._ready.items() if row not in drawing}
+        for row in drawing:
+            del self._ready[row]
         self._stacked_BV = None
         if self.in_bursts:
             for row in drawing:

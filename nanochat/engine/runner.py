@@ -55,8 +55,8 @@ def pools_for(
 
 
 class Runner:
-    """Runs steps. On a CPU keys and values are fp32 whatever the weights are: its narrow attention is slow
-    (docs/serving.md has the figures), and they are few beside the weights.
+    """Runs steps. On a CPU keys and values are fp32 whatever the matrices are: SDPA over 1,024 keys of 10
+    heads took 2.8 ms in bf16 and 0.38 in fp32 (one core of an AMD EPYC with AVX512-BF16, torch 2.15).
     """
 
     def __init__(self, network: Network, config: Any, pools: Sequence[Pool], device: torch.device) -> None:

@@ -94,7 +94,7 @@ class Session:
         max_tokens: int,
         seed: int,
         system: str | None = None,
-        **more: float,
+        **more: Any,
     ) -> None:
         self.engine, self.tok = engine, engine.tokenizer
         self.temperature, self.top_k, self.seed, self.more = temperature, top_k, seed, more
@@ -145,6 +145,9 @@ class Session:
             for column, _ in columns(self._open(len(prompt) + room), [row]):
                 yield from decoder.push(column[0])
             yield from decoder.flush()
+        except KeyboardInterrupt:
+            self._batch = None  # a step may have been cut in two
+            raise
         finally:
             row.finish_reason = row.finish_reason or "abort"
             self.last, self.last_seconds = row, time.perf_counter() - begin
