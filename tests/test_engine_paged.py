@@ -183,6 +183,16 @@ def test_masked_rows_equal_single_calls(limit: int, monkeypatch: pytest.MonkeyPa
     assert (max(calls, default=0) == 5) == (limit > 0)
 
 
+def test_a_window_that_comes_round_is_not_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row, past the ring of 288 slots: the masked call, and the tokens of a full recomputation."""
+    calls = []
+    real = runner_module.attend_kept
+    monkeypatch.setattr(runner_module, "attend_kept", lambda *a: (calls.append(len(a[0])), real(*a))[1])
+    ids = prompt(270)
+    assert alone(ids, 40, temperature=0.0) == list(MODEL.generate(ids, 40, temperature=0))
+    assert 10 < len(calls) < 80 and set(calls) == {1}
+
+
 def test_rows_lie_side_by_side() -> None:
     """Rows of a fresh batch are read without gathering, whatever their order of growth."""
     batch = Batch(MODEL, 4, 200)

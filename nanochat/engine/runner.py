@@ -170,7 +170,10 @@ class Runner:
         return runs
 
     def _team(self, chunks: Sequence[Chunk], spans: Sequence[tuple[int, int]], group: int) -> _Team | None:
-        """The single tokens whose rows lie at home, if one masked call costs less than a call a row."""
+        """The single tokens whose rows lie at home, if one masked call costs less than a call a row.
+
+        A single row counts when its window has come round: its ring is read as it lies, not put together.
+        """
         pool = self._pools[group]
         members = {
             n: chunk
@@ -178,7 +181,7 @@ class Runner:
             if chunk.stop - chunk.start == 1
             and chunk.generation.strays[group] < pool.live_from(chunk.start, BLOCK_SIZE)
         }
-        if len(members) < 2:
+        if not members or (len(members) == 1 and len(self._runs(*members.values(), group)) == 1):
             return None
         ring = pool.row_blocks * BLOCK_SIZE
         rows = {chunk.generation.row: n for n, chunk in members.items()}
