@@ -27,14 +27,11 @@ from nanochat.web.worker import Busy, Job, Worker
 
 HOSTS = ["localhost", "127.0.0.1"]
 MAX_BODY_BYTES = 1 << 20
-PAGE = {
-    "": ("index.html", "text/html"),
-    "app.js": ("app.js", "text/javascript"),
-    "style.css": ("style.css", "text/css"),
-}
+KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
+    "trusted-types nanochat"
 )
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -139,14 +136,15 @@ def create_app(
 
     @app.get("/settings")
     async def settings() -> dict:
-        return {"model": name, "temperature": temperature, "top_k": top_k, "note": note}
+        return {"model": name, "temperature": temperature, "top_k": top_k, "note": note, "context": engine.context}
 
     @app.get("/{path}")
     @app.get("/")
     async def page(path: str = "") -> Response:
-        if path not in PAGE:
+        file = path or "index.html"
+        kind = KINDS.get(file[file.rfind(".") :])
+        if kind is None or "/" in file or not (resources.files("nanochat.web") / "page" / file).is_file():
             raise ApiError(404, "there is no such page")
-        file, kind = PAGE[path]
         headers = {
             "Content-Security-Policy": POLICY,
             "X-Content-Type-Options": "nosniff",
