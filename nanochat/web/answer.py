@@ -9,28 +9,33 @@ from typing import Any
 
 from nanochat import chat
 from nanochat.engine.engine import Generation
-from nanochat.engine.sequence import TokenLogprob
 from nanochat.engine.text import PartDecoder, StopFilter
 from nanochat.web import replies
 from nanochat.web.openai import ApiError
-from nanochat.web.replies import Part, Reply
+from nanochat.web.replies import Entries, Part, Reply
 from nanochat.web.worker import Job
 
 PING_SECONDS = 15.0
 
-Entries = list[tuple[int, TokenLogprob | None]]
-
 
 class Choice:
-    """One generation as text. is_chat: only words of the answer itself are searched for stop strings and listed
-    with log-probabilities, not those of the tool. echo is text that comes before, with its tokens' entries.
+    """One generation as text. is_chat: only words of the answer itself are searched for stop strings and
+    listed with log-probabilities, not those of the tool. echo: the prompt's text, which comes first, and how
+    many of its tokens are hidden.
     """
 
     def __init__(
-        self, generation: Generation, tok: Any, stops: list[str], is_chat: bool, echo: tuple[str, int] | None = None
+        self,
+        generation: Generation,
+        tok: Any,
+        stops: list[str],
+        is_chat: bool,
+        echo: tuple[str, int] | None = None,
     ) -> None:
         self.generation, self._is_chat = generation, is_chat
-        self._python_start = tok.encode_special(chat.PYTHON_START)
+        begins = {chat.PYTHON_START: "python", chat.PYTHON_END: "text", chat.OUTPUT_START: "python_output"}
+        begins[chat.OUTPUT_END] = "text"
+        self._part_after = {tok.encode_special(name): part for name, part in begins.items()}
         self._specials = {tok.encode_special(name) for name in tok.get_special_tokens()}
         self._decoder, self._filter = PartDecoder(tok), StopFilter(stops)
         self._echo, self._taken, self._part = echo, 0, "text"
@@ -45,13 +50,14 @@ class Choice:
         parts, entries = self._echoed()
         for token in tokens:
             position, self._taken = self._taken, self._taken + 1
-            if token == self._python_start and self._is_chat:
+            self._part = self._part_after.get(token, self._part)
+            if self._is_chat and self._part_after.get(token) == "python":
                 parts.append({"type": "python", "text": ""})
             for part, text in self._decoder.push(token):
                 self._add(parts, part, text)
             if self._filter.is_hit:
                 break
-            is_text = token not in self._specials and (not self._is_chat or self._is_in_text(token))
+            is_text = token not in self._specials and (not self._is_chat or self._part == "text")
             if self.generation.logprobs is not None and is_text:
                 entries.append((token, self.generation.logprobs[position]))
         return parts, entries
@@ -69,9 +75,6 @@ class Choice:
     @property
     def finish_reason(self) -> str:
         return "length" if self.generation.finish_reason == "length" and not self._filter.is_hit else "stop"
-
-    def _is_in_text(self, token: int) -> bool:
-        return self._decoder._part == "text"
 
     def _add(self, parts: list[Part], part: str, text: str) -> None:
         if part == "text" or not self._is_chat:
@@ -157,7 +160,9 @@ class Answer:
                 yield self.reply.event([], usage=self.usage())
         yield replies.DONE
 
-    async def _pieces(self, ping_seconds: float = float("inf")) -> AsyncIterator[tuple[int, list[Part], Entries]]:
+    async def _pieces(
+        self, ping_seconds: float = float("inf")
+    ) -> AsyncIterator[tuple[int, list[Part], Entries]]:
         """(index of the choice, parts, entries) as they come; index -1 when nothing came for a while."""
         num_left = len(self.choices)
         try:
@@ -210,7 +215,11 @@ class Answer:
     def timings(self) -> dict[str, float]:
         first, seconds = self.first_seconds or 0.0, time.monotonic() - self.job.since
         rate = (self.num_output - 1) / (seconds - first) if seconds > first and self.num_output > 1 else 0.0
-        return {"first_token_seconds": round(first, 4), "seconds": round(seconds, 4), "tokens_per_second": round(rate, 2)}
+        return {
+            "first_token_seconds": round(first, 4),
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(rate, 2),
+        }
 
 
 def _json(value: dict[str, float]) -> str:

@@ -66,7 +66,8 @@ class Gate:
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
             return
-        start, facts = time.monotonic(), {"status": 0}
+        start = time.monotonic()
+        facts: dict[str, Any] = {"status": 0}
         scope["facts"] = facts
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         origin = headers.get(b"origin", "").lower()
@@ -94,7 +95,11 @@ class Gate:
                 await JSONResponse(body.body, 500, body.headers)(scope, receive, watched)
         finally:
             if self._log:
-                record = {"time": round(time.time(), 3), "method": scope["method"], "path": scope["path"][:200]}
+                record = {
+                    "time": round(time.time(), 3),
+                    "method": scope["method"],
+                    "path": scope["path"][:200],
+                }
                 self._log({**record, "seconds": round(time.monotonic() - start, 4), **facts})
 
     def _check(self, scope: Any, headers: dict[bytes, str]) -> None:

@@ -1,7 +1,7 @@
 """What a request may say, in the shapes of OpenAI's API, and how it is refused.
 
-Unknown fields are ignored, null means absent, booleans are not numbers. Errors never repeat the input. The shapes of
-answers are in replies.py.
+Unknown fields are ignored, null means absent, booleans are not numbers. Errors never repeat the input. The
+shapes of answers are in replies.py.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ class Common(Shape):
     repetition_penalty: Annotated[float | None, Field(gt=0, le=2)] = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=300)] | None = None
+    logit_bias: (
+        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=300)] | None
+    ) = None
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
     stop: Stop | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=64)] | None = None
@@ -124,11 +126,15 @@ class ChatRequest(Common):
         return self.max_completion_tokens or self.max_tokens
 
     def conversation(self) -> chat.Conversation:
-        """The messages as nanochat.chat has them: system text goes before the next user text, or after the last."""
+        """The messages as nanochat.chat has them: system text stands before the next user text, or after the
+        last.
+        """
         messages: list[dict[str, Any]] = []
         system: list[str] = []
         for message in self.messages:
-            content = message.parts if message.role == "assistant" and message.parts else message.content or ""
+            content = (
+                message.parts if message.role == "assistant" and message.parts else message.content or ""
+            )
             if isinstance(content, str):
                 parts = [{"type": "text", "text": content}]
             else:
@@ -167,7 +173,7 @@ class CompletionRequest(Common):
             return [self.prompt]
         if not self.prompt or isinstance(self.prompt[0], int):
             return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+        return list(self.prompt)
 
 
 class TokenizeRequest(Shape):
@@ -215,12 +221,20 @@ def _check(request: Common) -> None:
         raise ApiError(400, "stream_options needs stream: true", param="stream_options")
     choice = (request.model_extra or {}).get("tool_choice")
     if choice == "required" or isinstance(choice, dict):
-        raise ApiError(400, "tool_choice cannot be forced: the model has a calculator and no other tool", param="tool_choice")
+        raise ApiError(
+            400,
+            "tool_choice cannot be forced: the model has a calculator and no other tool",
+            param="tool_choice",
+        )
     if isinstance(request, ChatRequest):
         if request.top_logprobs is not None and not request.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
         if request.continue_final_message and request.messages[-1].role != "assistant":
-            raise ApiError(400, "continue_final_message needs a last message of the assistant", param="continue_final_message")
+            raise ApiError(
+                400,
+                "continue_final_message needs a last message of the assistant",
+                param="continue_final_message",
+            )
     elif isinstance(request, CompletionRequest):
         if request.limit == 0 and not request.echo:
             raise ApiError(400, "max_tokens 0 needs echo: true", param="max_tokens")

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 from nanochat import chat
 from nanochat.engine import Engine, Sampling
 from nanochat.engine.engine import Generation
-from nanochat.engine.tools import ToolState
 from nanochat.web.answer import Choice
 from nanochat.web.openai import ApiError, ChatRequest, Common, CompletionRequest
 
@@ -42,7 +41,12 @@ class Prompts:
     """Knows the engine's tokenizer and context; every method raises ApiError 400 for what cannot be."""
 
     def __init__(self, engine: Engine, defaults: Defaults) -> None:
-        self._engine, self._tok, self._context, self._defaults = engine, engine.tokenizer, engine.context, defaults
+        self._engine, self._tok, self._context, self._defaults = (
+            engine,
+            engine.tokenizer,
+            engine.context,
+            defaults,
+        )
         self._max_chars = engine.context * int(engine.tokenizer.token_bytes().max())
         self._vocab = engine.tokenizer.get_vocab_size()
         special = engine.tokenizer.encode_special
@@ -52,7 +56,9 @@ class Prompts:
     def of_chat(self, asked: ChatRequest, salt: str) -> Prepared:
         """salt separates the caches of different keys."""
         conversation = asked.conversation()
-        num_chars = sum(len(part["text"]) for message in conversation["messages"] for part in message["content"])
+        num_chars = sum(
+            len(part["text"]) for message in conversation["messages"] for part in message["content"]
+        )
         self._check_length(num_chars, "messages")
         try:
             if asked.continue_final_message:
@@ -61,10 +67,12 @@ class Prompts:
                 ids = self._safely(lambda: chat.render_for_completion(conversation, self._tok))
         except ValueError as error:  # it names the message and what is wrong with its role
             raise ApiError(400, str(error), param="messages") from None
-        self._check_room(ids, 1, "messages")
+        self._check_room(ids, "messages")
         top = (asked.top_logprobs or 0) if asked.logprobs else None
         choices = [
-            Choice(self._generation(ids, asked, asked.limit, i, top, None, salt), self._tok, asked.stops, True)
+            Choice(
+                self._generation(ids, asked, asked.limit, i, top, None, salt), self._tok, asked.stops, True
+            )
             for i in range(asked.n or 1)
         ]
         return Prepared(choices, len(ids), bool(asked.logprobs))
@@ -81,7 +89,7 @@ class Prompts:
                 shown = self._checked_ids(prompt, "prompt")
             is_hidden = isinstance(prompt, str) or not shown or shown[0] != bos
             ids = [bos, *shown] if is_hidden else shown
-            self._check_room(ids, 0 if asked.limit == 0 else 1, "prompt")
+            self._check_room(ids, "prompt")
             num_prompt += len(shown)
             echo = (self._tok.decode(shown), int(is_hidden)) if asked.echo else None
             prompt_top = asked.logprobs if asked.echo else None
@@ -100,15 +108,13 @@ class Prompts:
         prompt_top_logprobs: int | None,
         salt: str,
     ) -> Generation:
-        room = self._context - len(ids)
-        stop_ids = frozenset() if asked.ignore_eos else self._engine.stop_ids
-        return Generation(
+        return self._engine.start(
             ids,
-            room if limit is None else min(limit, room),
             self._sampling(asked, sample),
-            stop_ids.union(self._checked_ids(asked.stop_token_ids or [], "stop_token_ids")),
-            ToolState(self._tok),
+            limit,
+            self._checked_ids(asked.stop_token_ids or [], "stop_token_ids"),
             min_tokens=asked.min_tokens or 0,
+            ignore_eos=bool(asked.ignore_eos),
             top_logprobs=top_logprobs,
             prompt_top_logprobs=prompt_top_logprobs,
             salt=salt,
@@ -120,7 +126,9 @@ class Prompts:
         bias = {}
         for key, value in (asked.logit_bias or {}).items():
             if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < self._vocab):
-                raise ApiError(400, f"logit_bias: keys must be token ids below {self._vocab}", param="logit_bias")
+                raise ApiError(
+                    400, f"logit_bias: keys must be token ids below {self._vocab}", param="logit_bias"
+                )
             bias[int(key)] = value
         return Sampling(
             self._defaults.temperature if asked.temperature is None else asked.temperature,
@@ -157,9 +165,9 @@ class Prompts:
         if num_chars > self._max_chars:
             raise ApiError(400, f"the {param} cannot fit", "context_length_exceeded", param)
 
-    def _check_room(self, ids: list[int], need: int, param: str) -> None:
-        if len(ids) + need > self._context:
-            message = f"the model reads {self._context} tokens, the {param} has {len(ids)}; {need} more is needed"
+    def _check_room(self, ids: list[int], param: str) -> None:
+        if len(ids) >= self._context:
+            message = f"the model reads {self._context} tokens, answer included; the {param} has {len(ids)}"
             raise ApiError(400, message, "context_length_exceeded", param)
 
     def _safely(self, work: Callable[[], T]) -> T:

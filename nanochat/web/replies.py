@@ -15,6 +15,7 @@ PING = ": ping\n\n"
 DONE = "data: [DONE]\n\n"
 
 Part = dict[str, str]
+Entries = list[tuple[int, TokenLogprob | None]]  # tokens and their log-probabilities
 
 
 def event(value: dict[str, Any]) -> str:
@@ -67,29 +68,50 @@ class ChatReply:
     def id(self) -> str:
         return str(self._head["id"])
 
-    def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any], timings: dict[str, float]) -> dict[str, Any]:
-        return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage, "timings": timings}
+    def whole(
+        self, choices: list[dict[str, Any]], usage: dict[str, Any], timings: dict[str, float]
+    ) -> dict[str, Any]:
+        return {
+            **self._head,
+            "object": "chat.completion",
+            "choices": choices,
+            "usage": usage,
+            "timings": timings,
+        }
 
-    def choice(self, index: int, parts: list[Part], finish_reason: str, logprobs: list[Any] | None) -> dict[str, Any]:
+    def choice(
+        self, index: int, parts: list[Part], finish_reason: str, logprobs: Entries | None
+    ) -> dict[str, Any]:
         message = {"role": "assistant", "content": chat.text_of(parts), "parts": parts}
-        return {"index": index, "message": message, "logprobs": self.logprobs(logprobs), "finish_reason": finish_reason}
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": self.logprobs(logprobs),
+            "finish_reason": finish_reason,
+        }
 
-    def logprobs(self, entries: list[tuple[int, TokenLogprob]] | None) -> dict[str, Any] | None:
+    def logprobs(self, entries: Entries | None) -> dict[str, Any] | None:
         if entries is None:
             return None
         content = []
-        for token, (logprob, likeliest) in entries:
+        for token, scored in entries:
+            assert scored is not None  # only a prompt's first token has none
+            logprob, likeliest = scored
             top = [self._entry(other, value) for other, value in likeliest]
             content.append({**self._entry(token, logprob), "top_logprobs": top})
         return {"content": content, "refusal": None}
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        return {"token": self._names.name(token), "logprob": finite(logprob), "bytes": list(self._names.bytes(token))}
+        return {
+            "token": self._names.name(token),
+            "logprob": finite(logprob),
+            "bytes": list(self._names.bytes(token)),
+        }
 
     def first(self, index: int) -> str | None:
         return self._chunk(index, {"role": "assistant", "content": ""})
 
-    def piece(self, index: int, parts: list[Part], logprobs: list[tuple[int, TokenLogprob]] | None) -> str:
+    def piece(self, index: int, parts: list[Part], logprobs: Entries | None) -> str:
         """An event with some of an answer; a tool's code and output are in `parts` alone."""
         delta: dict[str, Any] = {"parts": parts}
         if text := chat.text_of(parts):
@@ -99,8 +121,12 @@ class ChatReply:
     def last(self, index: int, finish_reason: str) -> str:
         return self._chunk(index, {}, None, finish_reason)
 
-    def _chunk(self, index: int, delta: dict[str, Any], logprobs: Any = None, finish_reason: str | None = None) -> str:
-        return self.event([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}])
+    def _chunk(
+        self, index: int, delta: dict[str, Any], logprobs: Any = None, finish_reason: str | None = None
+    ) -> str:
+        return self.event(
+            [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}]
+        )
 
     def event(self, choices: list[dict[str, Any]], **more: Any) -> str:
         return event({**self._head, "object": self.chunk_object, "choices": choices, **more})
@@ -110,7 +136,12 @@ class TextReply:
     """The bodies of one answer of /v1/completions."""
 
     def __init__(self, model: str, names: TokenNames) -> None:
-        self._head = {"id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()), "model": model}
+        self._head = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
         self._names = names
         self._offsets: dict[int, int] = {}  # of each choice: characters that its chunks have shown
 
@@ -118,18 +149,32 @@ class TextReply:
     def id(self) -> str:
         return str(self._head["id"])
 
-    def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any], timings: dict[str, float]) -> dict[str, Any]:
+    def whole(
+        self, choices: list[dict[str, Any]], usage: dict[str, Any], timings: dict[str, float]
+    ) -> dict[str, Any]:
         return {**self._head, "choices": choices, "usage": usage, "timings": timings}
 
-    def choice(self, index: int, parts: list[Part], finish_reason: str, logprobs: list[Any] | None) -> dict[str, Any]:
+    def choice(
+        self, index: int, parts: list[Part], finish_reason: str, logprobs: Entries | None
+    ) -> dict[str, Any]:
         text = "".join(part["text"] for part in parts)
-        return {"index": index, "text": text, "logprobs": self.logprobs(logprobs), "finish_reason": finish_reason}
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": self.logprobs(logprobs),
+            "finish_reason": finish_reason,
+        }
 
-    def logprobs(self, entries: list[tuple[int, TokenLogprob | None]] | None, offset: int = 0) -> dict[str, Any] | None:
+    def logprobs(self, entries: Entries | None, offset: int = 0) -> dict[str, Any] | None:
         """tokens, token_logprobs, top_logprobs, text_offset; the entry of a text's first token is null."""
         if entries is None:
             return None
-        found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        found: dict[str, list[Any]] = {
+            "tokens": [],
+            "token_logprobs": [],
+            "top_logprobs": [],
+            "text_offset": [],
+        }
         before = b""
         for token, logprob in entries:
             found["tokens"].append(self._names.name(token))
@@ -148,7 +193,7 @@ class TextReply:
     def first(self, index: int) -> str | None:
         return None
 
-    def piece(self, index: int, parts: list[Part], logprobs: list[Any] | None) -> str:
+    def piece(self, index: int, parts: list[Part], logprobs: Entries | None) -> str:
         text = "".join(part["text"] for part in parts)
         offset = self._offsets.get(index, 0)
         self._offsets[index] = offset + len(text)
@@ -158,7 +203,9 @@ class TextReply:
         return self._chunk(index, "", None, finish_reason)
 
     def _chunk(self, index: int, text: str, logprobs: Any, finish_reason: str | None = None) -> str:
-        return self.event([{"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}])
+        return self.event(
+            [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}]
+        )
 
     def event(self, choices: list[dict[str, Any]], **more: Any) -> str:
         return event({**self._head, "choices": choices, **more})

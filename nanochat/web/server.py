@@ -1,7 +1,7 @@
 """The server: the page at /, OpenAI's API under /v1 (and without it), /health, /metrics.
 
-Every request passes the gate (gate.py); a completion becomes generations (prompts.py), runs in the engine's thread
-(worker.py), and comes back as text (answer.py) in OpenAI's shapes (replies.py).
+Every request passes the gate (gate.py); a completion becomes generations (prompts.py), runs in the engine's
+thread (worker.py), and comes back as text (answer.py) in OpenAI's shapes (replies.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ from nanochat.web import gate, openai
 from nanochat.web.answer import Answer
 from nanochat.web.gate import EventStream, Gate, Log
 from nanochat.web.metrics import Metrics
-from nanochat.web.openai import ApiError, ChatRequest, Common, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from nanochat.web.openai import (
+    ApiError,
+    ChatRequest,
+    Common,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 from nanochat.web.prompts import Defaults, Prepared, Prompts
 from nanochat.web.replies import ChatReply, TextReply, TokenNames
 from nanochat.web.worker import Busy, Fleet, Job
@@ -70,10 +77,12 @@ def create_app(
 ) -> FastAPI:
     """The application around one engine, or several that hold the same model.
 
-    `name` is the model's id, temperature and top_k its defaults; num_rows is per engine. max_per_key 0: no limit.
-    While app.state.is_draining, new completions and /health answer 503.
+    `name` is the model's id, temperature and top_k its defaults; num_rows is per engine; max_per_key 0 is no
+    limit. While app.state.is_draining, new completions and /health answer 503.
     """
-    fleet = Fleet([engines] if isinstance(engines, Engine) else list(engines), num_rows, max_waiting, max_wait_seconds)
+    fleet = Fleet(
+        [engines] if isinstance(engines, Engine) else list(engines), num_rows, max_waiting, max_wait_seconds
+    )
     tok, context = fleet.engine.tokenizer, fleet.engine.context
     prompts, names, metrics = Prompts(fleet.engine, Defaults(temperature, top_k)), TokenNames(tok), Metrics()
     files = page_files()
@@ -101,7 +110,9 @@ def create_app(
     async def nowhere(_: Request, error: Exception) -> JSONResponse:
         status = getattr(error, "status_code", 404)
         headers = getattr(error, "headers", None)
-        return JSONResponse(ApiError(status, "there is no such route, or not with this method").body, status, headers)
+        return JSONResponse(
+            ApiError(status, "there is no such route, or not with this method").body, status, headers
+        )
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -129,11 +140,15 @@ def create_app(
 
     async def chat_completions(request: Request) -> Response:
         asked = openai.parse(await gate.read_body(request), ChatRequest)
-        return await complete(request, asked, lambda: prompts.of_chat(asked, request.scope["key"]), ChatReply(name, names))
+        return await complete(
+            request, asked, lambda: prompts.of_chat(asked, request.scope["key"]), ChatReply(name, names)
+        )
 
     async def completions(request: Request) -> Response:
         asked = openai.parse(await gate.read_body(request), CompletionRequest)
-        return await complete(request, asked, lambda: prompts.of_text(asked, request.scope["key"]), TextReply(name, names))
+        return await complete(
+            request, asked, lambda: prompts.of_text(asked, request.scope["key"]), TextReply(name, names)
+        )
 
     async def complete(
         request: Request, asked: Common, prepare: Callable[[], Prepared], reply: ChatReply | TextReply
@@ -146,7 +161,9 @@ def create_app(
             raise ApiError(503, "the server is stopping", retry_after=10)
         key = request.scope["key"]
         if max_per_key and per_key[key] >= max_per_key:
-            raise ApiError(429, "too many requests of this key are running", "rate_limit_exceeded", retry_after=5)
+            raise ApiError(
+                429, "too many requests of this key are running", "rate_limit_exceeded", retry_after=5
+            )
         prepared = prepare()
         job = Job(prepared.generations)
         try:
@@ -155,7 +172,11 @@ def create_app(
             message = "too many requests are waiting"
             raise ApiError(429, message, "rate_limit_exceeded", retry_after=busy.retry_after) from None
         per_key[key] += 1
-        request.scope["facts"] |= {"id": reply.id, "stream": bool(asked.stream), **({"key": key} if key else {})}
+        request.scope["facts"] |= {
+            "id": reply.id,
+            "stream": bool(asked.stream),
+            **({"key": key} if key else {}),
+        }
         answer = Answer(
             job,
             prepared.choices,
@@ -172,7 +193,9 @@ def create_app(
 
     def note_end(request: Request, answer: Answer) -> None:
         per_key[request.scope["key"]] -= 1
-        reasons = {c.finish_reason if c.is_over else "error" if answer.error else "abort" for c in answer.choices}
+        reasons = {
+            c.finish_reason if c.is_over else "error" if answer.error else "abort" for c in answer.choices
+        }
         reason = "+".join(sorted(reasons))
         metrics.count("requests_finished_total", label=f'reason="{reason}"')
         metrics.count("tokens_in_total", answer.num_prompt)
@@ -189,10 +212,16 @@ def create_app(
         request.scope["facts"] |= {**facts, "first_token_seconds": None if first is None else round(first, 4)}
 
     async def tokenize(request: Request) -> dict[str, Any]:
-        return {"tokens": prompts.tokenize(openai.parse(await gate.read_body(request), TokenizeRequest).prompt)}
+        return {
+            "tokens": prompts.tokenize(openai.parse(await gate.read_body(request), TokenizeRequest).prompt)
+        }
 
     async def detokenize(request: Request) -> dict[str, Any]:
-        return {"prompt": prompts.detokenize(openai.parse(await gate.read_body(request), DetokenizeRequest).tokens)}
+        return {
+            "prompt": prompts.detokenize(
+                openai.parse(await gate.read_body(request), DetokenizeRequest).tokens
+            )
+        }
 
     async def tokenizer_info() -> dict[str, Any]:
         return prompts.tokenizer_info()
@@ -201,24 +230,26 @@ def create_app(
         schema = {"$ref": f"#/components/schemas/{shape.__name__}"}
         return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
-    for prefix in ("/v1", ""):
-        shown = {"include_in_schema": bool(prefix)}
-        app.get(f"{prefix}/models", **shown)(models)
-        app.get(f"{prefix}/models/{{model_id:path}}", **shown)(one_model)
-        app.post(f"{prefix}/chat/completions", openapi_extra=body_of(ChatRequest), **shown)(chat_completions)
-        app.post(f"{prefix}/completions", openapi_extra=body_of(CompletionRequest), **shown)(completions)
-        shown = {"include_in_schema": not prefix}
-        app.post(f"{prefix}/tokenize", openapi_extra=body_of(TokenizeRequest), **shown)(tokenize)
-        app.post(f"{prefix}/detokenize", openapi_extra=body_of(DetokenizeRequest), **shown)(detokenize)
-        app.get(f"{prefix}/tokenizer_info", **shown)(tokenizer_info)
+    posts = (
+        ("chat/completions", ChatRequest, chat_completions),
+        ("completions", CompletionRequest, completions),
+        ("tokenize", TokenizeRequest, tokenize),
+        ("detokenize", DetokenizeRequest, detokenize),
+    )
+    gets = (("models", models), ("models/{model_id:path}", one_model), ("tokenizer_info", tokenizer_info))
+    for prefix in ("/v1/", "/"):
+        for path, shape, work in posts:
+            add = app.post(prefix + path, openapi_extra=body_of(shape), include_in_schema=prefix == "/v1/")
+            add(work)
+        for path, look in gets:
+            app.get(prefix + path, include_in_schema=prefix == "/v1/")(look)
 
-    @app.get("/{path:path}", include_in_schema=False)
     async def page(request: Request) -> Response:
-        if request.scope["path"] not in files:
-            raise ApiError(404, "there is no such page")
         text, kind = files[request.scope["path"]]
         return Response(text, media_type=kind, headers=PAGE_HEADERS)
 
+    for path in files:
+        app.get(path, include_in_schema=False)(page)
     _describe(app)
     return app
 
@@ -229,15 +260,14 @@ def gauges(fleet: Fleet) -> dict[str, tuple[str, float]]:
         "requests_running": ("Sequences that are computed now.", fleet.num_running),
         "requests_waiting": ("Requests that wait for a row.", fleet.num_waiting),
     }
-    cache = {
-        "blocks_used": "Blocks of the cache in use.",
-        "blocks_total": "Blocks of the cache.",
-        "preemptions": "Sequences that had to give their blocks back.",
-    }
-    for key, words in cache.items():
-        values = [getattr(worker.batch, f"num_{key}", None) for worker in fleet.workers]
-        if all(value is not None for value in values):
-            found[key] = (words, sum(values))  # type: ignore[arg-type]
+    batches = [worker.batch for worker in fleet.workers if hasattr(worker.batch, "scheduler")]
+    pools = [pool for batch in batches for pool in batch.blocks.pools]
+    if batches:
+        used = sum(sum(count > 0 for count in pool.refs[1:]) for pool in pools)  # block 0 is padding
+        found["blocks_used"] = ("Blocks of the cache that sequences hold.", used)
+        found["blocks_total"] = ("Blocks of the cache.", sum(pool.num_blocks - 1 for pool in pools))
+        preempted = sum(batch.scheduler.num_preempted for batch in batches)
+        found["preemptions"] = ("Sequences that had to give their blocks back, since the start.", preempted)
     return found
 
 

@@ -1,8 +1,8 @@
 """The engine's threads: requests of many people in one batch, their tokens handed to the event loop.
 
 The event loop never waits for a model: each step's tokens arrive there in one call. A request is cancelled by
-giving its generations a finish_reason; their rows are free one step later. A Fleet is several workers, one per
-GPU, behind one queue limit.
+giving its generations a finish_reason; their rows are free one step later. A Fleet is several workers, one
+per GPU.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import math
 import threading
 import time
 from collections import deque
+from itertools import islice
 from typing import Any
 
 import torch
 
-from nanochat.engine.engine import Batch, Engine, Generation
+from nanochat.engine.engine import Engine, Generation
 
 News = tuple["Job", int, list[int]]  # a job, the index of its generation, its new tokens (none: it has ended)
 
@@ -57,7 +58,9 @@ class Job:
 class Worker:
     """Runs up to num_rows generations of one engine at once and lets max_waiting requests wait."""
 
-    def __init__(self, engine: Engine, num_rows: int, max_waiting: int, max_wait_seconds: float = 60.0) -> None:
+    def __init__(
+        self, engine: Engine, num_rows: int, max_waiting: int, max_wait_seconds: float = 60.0
+    ) -> None:
         self.engine, self._num_rows, self._max_waiting = engine, num_rows, max_waiting
         self._max_wait_seconds = max_wait_seconds
         self._waiting: deque[tuple[Job, int]] = deque()
@@ -96,10 +99,12 @@ class Worker:
         """Queue a request. Raises Busy when too many wait already, or when the engine is stopping."""
         with self._wake:
             self._waiting = deque(entry for entry in self._waiting if not entry[0].is_over)
-            num_waiting = sum(index == 0 for _, index in self._waiting)
-            has_row = len(self._running) + len(self._waiting) < self._num_rows
-            if self._is_stopping or (not has_row and num_waiting >= self._max_waiting):
-                raise Busy(1 + 2 * math.ceil(num_waiting / self._num_rows))
+            num_free = self._num_rows - len(self._running)
+            queued = islice(self._waiting, max(0, num_free), None)  # the others are about to enter
+            num_queued = sum(index == 0 for _, index in queued)
+            has_row = len(self._waiting) < num_free
+            if self._is_stopping or (not has_row and num_queued >= self._max_waiting):
+                raise Busy(1 + 2 * math.ceil(num_queued / self._num_rows))
             self._waiting.extend((job, index) for index in range(len(job.generations)))
             self._wake.notify()
 
@@ -112,14 +117,16 @@ class Worker:
         self.batch = self._new_batch()
         while True:
             with self._wake:
-                while not (self._waiting or self.batch.rows or self._is_stopping):
+                while not (self._waiting or self._running or self._is_stopping):
                     self._wake.wait()
                 if self._is_stopping:
                     break
                 joining = self._joining()
             try:
                 self._step(joining)
-            except Exception as error:  # one bad step must not silence the server: tell everybody, start afresh
+            except (
+                Exception
+            ) as error:  # one bad step must not silence the server: tell everybody, start afresh
                 self._end_all((500, f"the engine failed: {type(error).__name__}"))
                 self.batch = self._new_batch()
         with self._wake:
@@ -128,7 +135,7 @@ class Worker:
         self._end_all((503, "the server is stopping"))
 
     def _new_batch(self) -> Any:
-        return Batch(self.engine.model, self._num_rows, self.engine.context)
+        return self.engine.open_batch(self._num_rows, self.engine.context)
 
     def _joining(self) -> list[tuple[Job, int]]:
         """Those who enter now, in the order of their arrival; who has waited too long is sent away."""
@@ -156,7 +163,9 @@ class Worker:
         news: list[News] = []
         for key, (job, index, told) in list(self._running.items()):
             generation = job.generations[index]
-            is_over = generation.finish_reason is not None  # read before the tokens: they cannot come after it
+            is_over = (
+                generation.finish_reason is not None
+            )  # read before the tokens: they cannot come after it
             if new := generation.output[told:]:
                 news.append((job, index, new))
                 self._running[key] = (job, index, told + len(new))
@@ -191,7 +200,9 @@ def _deliver(items: list[News]) -> None:
 class Fleet:
     """One worker per engine. All engines hold the same model; a request goes to the least busy one."""
 
-    def __init__(self, engines: list[Engine], num_rows: int, max_waiting: int, max_wait_seconds: float = 60.0) -> None:
+    def __init__(
+        self, engines: list[Engine], num_rows: int, max_waiting: int, max_wait_seconds: float = 60.0
+    ) -> None:
         each = max(1, max_waiting // len(engines))
         self.workers = [Worker(engine, num_rows, each, max_wait_seconds) for engine in engines]
         self.engine = engines[0]
@@ -217,7 +228,7 @@ class Fleet:
         return sum(worker.num_waiting for worker in self.workers)
 
     def submit(self, job: Job) -> None:
-        """Queue a request with the least busy worker; among equals, those who share a beginning stay together."""
+        """Queue a request with the least busy worker; among equals, who shares a beginning stays together."""
         start = hash(tuple(job.generations[0].prompt[:64])) % len(self.workers)
         turned = self.workers[start:] + self.workers[:start]
         min(turned, key=lambda worker: worker.num_running + worker.num_waiting).submit(job)
