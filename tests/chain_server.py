@@ -62,11 +62,11 @@ class Chain:
 class Client:
     """One connection per request to a server that runs in a thread."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, port: int = 0) -> None:
         self.app, self.server = app, make_server(app, drain_seconds=5)
-        listener = listen("127.0.0.1", 0)
+        listener = listen("127.0.0.1", port)
         self.port = listener.getsockname()[1]
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]})
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]}, daemon=True)
         self.thread.start()
         while not self.server.started:
             time.sleep(0.01)
