@@ -158,6 +158,8 @@ def test_the_walk_of_a_user(walk: Walker, server: Client, tmp_path: Path) -> Non
     assert walk.bodies[-1]["messages"] == [{"role": "user", "content": "edited question"}]
     walk.act("Earlier version")
     assert walk.text(".bubble") == "What is 47 + 85?"
+    walk.act("Earlier version")
+    assert walk.text(".answer td") == "2"
 
     # settings and commands
     walk.ask("/temperature 0.25")
