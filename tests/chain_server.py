@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import threading
 import time
 from types import SimpleNamespace
@@ -62,9 +63,11 @@ class Chain:
 class Client:
     """One connection per request to a server that runs in a thread."""
 
-    def __init__(self, app: Any, port: int = 0) -> None:
+    def __init__(self, app: Any, port: int = 0, send_bytes: int = 0) -> None:
         self.app, self.server = app, make_server(app, drain_seconds=5)
         listener = listen("127.0.0.1", port)
+        if send_bytes:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
         self.port = listener.getsockname()[1]
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]}, daemon=True)
         self.thread.start()

@@ -105,12 +105,12 @@ def test_the_log_holds_no_text(guarded: Client) -> None:
     body = {**ASK, "stream": True, "strange_field": 1}
     assert guarded.send("POST", "/v1/chat/completions", body, X_Api_Key=KEYS[0])[0] == 200
     assert guarded.send("POST", "/v1/chat/completions", body, X_Api_Key=KEYS[0])[0] == 200
-    until(lambda: len(RECORDS) == 3)
-    unknown, record, _ = RECORDS
-    assert unknown == {"event": "unknown fields", "fields": ["strange_field"]}
+    until(lambda: sum("finish" in record for record in RECORDS) == 2)
+    assert [r["fields"] for r in RECORDS if r.get("event") == "unknown fields"] == [["strange_field"]]
+    record = next(record for record in RECORDS if "finish" in record)
     assert record["path"] == "/v1/chat/completions" and record["status"] == 200 and record["finish"] == "stop"
     assert record["completion_tokens"] == 17 and record["first_token_seconds"] > 0 and record["stream"]
-    assert "private" not in json.dumps(RECORDS) and "ok" not in json.dumps(RECORDS)
+    assert "private" not in json.dumps(RECORDS) and "ok 🙂" not in json.dumps(RECORDS, ensure_ascii=False)
     assert not any(key in json.dumps(RECORDS) for key in KEYS)
 
 
@@ -125,8 +125,8 @@ def test_an_error_of_ours_is_logged_without_text(guarded: Client, monkeypatch: p
     monkeypatch.setattr("nanochat.web.openai.parse", fail)
     status, headers, body = guarded.send("POST", "/v1/chat/completions", ASK, X_Api_Key=KEYS[0])
     assert status == 500 and body["error"]["type"] == "server_error" and headers["x-should-retry"] == "false"
-    until(lambda: len(RECORDS) == 2)
-    assert RECORDS[-1]["error"] == "KeyError" and "private" not in json.dumps(RECORDS)
+    until(lambda: any(record.get("error") == "KeyError" for record in RECORDS))
+    assert "private" not in json.dumps(RECORDS)
 
 
 SAMPLE = re.compile(r'nanochat_[a-z_]+(\{[a-z_]+="[^"]*"\})? [0-9.e+-]+|# (HELP|TYPE) nanochat_[a-z_]+ .+')
@@ -154,7 +154,7 @@ def test_slow_and_large_requests(guarded: Client, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(gate, "BODY_SECONDS", 0.2)
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-Api-Key: first-secret\r\n"
     head += "Content-Type: application/json\r\nContent-Length: 100\r\n"
-    for more, status in (("\r\n{", b" 408 "), (f"X: {'x' * 40_000}\r\n\r\n", b" 400 ")):
+    for more, status in (("\r\n{", b" 408 "), (f"X: {'x' * 20_000}\r\n\r\n", b" 431 ")):
         with socket.create_connection(("127.0.0.1", guarded.port)) as line:
             line.settimeout(20)
             line.sendall((head + more).encode())
@@ -228,7 +228,8 @@ def test_replicas_share_the_work() -> None:
 def test_a_stalled_reader_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who reads nothing blocks nobody: the stream ends and the row comes back."""
     monkeypatch.setattr(gate, "STALL_SECONDS", 0.3)
-    client = Client(create_app(Engine(Chain(COUNT, sequence_len=60_000), TOK), "main-sft", num_rows=1))
+    app = create_app(Engine(Chain(COUNT, sequence_len=20_000), TOK), "main-sft", num_rows=1)
+    client = Client(app, send_bytes=4096)
     line = socket.socket()
     line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     line.connect(("127.0.0.1", client.port))
@@ -237,7 +238,7 @@ def test_a_stalled_reader_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     line.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
     until(lambda: client.app.state.fleet.num_running == 1)
     until(lambda: client.app.state.fleet.num_running == 0, seconds=60)
-    assert len(client.model.num_rows) < 59_000
+    assert len(client.model.num_rows) < 15_000
     line.close()
     client.close()
 

@@ -22,6 +22,7 @@ from fastapi.responses import JSONResponse, Response
 from nanochat.web.openai import ApiError
 
 MAX_BODY_BYTES = 1 << 20
+MAX_HEADER_BYTES = 16_384
 BODY_SECONDS = 10.0
 STALL_SECONDS = 30.0
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
@@ -103,6 +104,8 @@ class Gate:
                 self._log({**record, "seconds": round(time.monotonic() - start, 4), **facts})
 
     def _check(self, scope: Any, headers: dict[bytes, str]) -> None:
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            raise ApiError(431, f"the headers must be at most {MAX_HEADER_BYTES} bytes")
         host = headers.get(b"host", "").lower()
         name = host[: host.index("]") + 1] if host.startswith("[") and "]" in host else host.split(":")[0]
         if name not in self._hosts:

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 from nanochat import errors
+from nanochat.web.gate import MAX_HEADER_BYTES
 
 
 def listen(host: str, port: int, has_key: bool = False) -> socket.socket:
@@ -75,7 +76,7 @@ def make_server(app: Any, drain_seconds: float) -> Any:
         log_level="warning",
         access_log=False,
         http="h11",
-        h11_max_incomplete_event_size=16_384,  # bytes of headers
+        h11_max_incomplete_event_size=2 * MAX_HEADER_BYTES,  # the gate counts what has come whole
         timeout_keep_alive=30,
         timeout_graceful_shutdown=5,
         server_header=False,
