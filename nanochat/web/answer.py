@@ -38,7 +38,7 @@ class Choice:
         self._part_after = {tok.encode_special(name): part for name, part in begins.items()}
         self._specials = {tok.encode_special(name) for name in tok.get_special_tokens()}
         self._decoder, self._filter = PartDecoder(tok), StopFilter(stops)
-        self._echo, self._taken, self._part = echo, 0, "text"
+        self._echo, self.num_taken, self._part = echo, 0, "text"
         self.is_over = False
 
     @property
@@ -49,7 +49,7 @@ class Choice:
         """What these tokens add: parts (an empty one of python begins a call) and entries."""
         parts, entries = self._echoed()
         for token in tokens:
-            position, self._taken = self._taken, self._taken + 1
+            position, self.num_taken = self.num_taken, self.num_taken + 1
             self._part = self._part_after.get(token, self._part)
             if self._is_chat and self._part_after.get(token) == "python":
                 parts.append({"type": "python", "text": ""})
@@ -203,7 +203,8 @@ class Answer:
 
     @property
     def num_output(self) -> int:
-        return sum(len(choice.generation.output) for choice in self.choices)
+        """Tokens up to each end; what the engine computed beyond a stop string does not count."""
+        return sum(choice.num_taken for choice in self.choices)
 
     @property
     def num_cached(self) -> int:

@@ -113,6 +113,7 @@ class Prompts:
             self._sampling(asked, sample),
             limit,
             self._checked_ids(asked.stop_token_ids or [], "stop_token_ids"),
+            stop=asked.stops,
             min_tokens=asked.min_tokens or 0,
             ignore_eos=bool(asked.ignore_eos),
             top_logprobs=top_logprobs,
