@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -250,3 +251,22 @@ def test_pings_keep_a_waiting_stream_alive(monkeypatch: pytest.MonkeyPatch) -> N
     data = client.ask(stream=True, max_tokens=3)[2]
     assert b": ping\n\n" in data and data.endswith(b"data: [DONE]\n\n")
     client.close()
+
+
+def test_who_leaves_before_the_first_event_frees_the_row() -> None:
+    """Cancelled before it has begun, a generator's own `finally` never runs."""
+    closed: list[bool] = []
+
+    async def events() -> AsyncIterator[str]:
+        raise AssertionError("nobody asks for an event")
+        yield ""
+
+    async def receive() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def send(_: Any) -> None:
+        await asyncio.sleep(60)
+
+    stream = gate.EventStream(events(), lambda: closed.append(True))
+    asyncio.run(stream({"type": "http"}, receive, send))
+    assert closed == [True]

@@ -113,6 +113,7 @@ class Answer:
         self._has_logprobs, self._on_end = has_logprobs, on_end
         self._deadline = job.since + max_seconds
         self.first_seconds: float | None = None
+        self.seconds: float | None = None  # in all, once it is over
         self.error: ApiError | None = None
 
     async def whole(self) -> dict[str, Any]:
@@ -191,8 +192,13 @@ class Answer:
                     generation.finish_reason = generation.finish_reason or "abort"
                 yield index, parts, entries
         finally:
-            self.job.cancel()
+            self.end()
+
+    def end(self) -> None:
+        """Give the rows back and tell on_end, once. For callers who have gone before the first piece, too."""
+        if self.seconds is None:
             self.seconds = time.monotonic() - self.job.since
+            self.job.cancel()
             self._on_end(self)
 
     async def _next(self, ping_seconds: float) -> tuple[int, list[int]]:

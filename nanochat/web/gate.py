@@ -180,15 +180,21 @@ async def unless_gone(request: Request, work: Any) -> Any:
 
 
 class EventStream(Response):
-    """Sends events as they come; stops when the caller hangs up or reads nothing for STALL_SECONDS."""
+    """Sends events as they come; stops when the caller hangs up or reads nothing for STALL_SECONDS.
 
-    def __init__(self, events: AsyncIterator[str]) -> None:
+    close is called in the end, also when not one event was asked for (a generator's own `finally` is not).
+    """
+
+    def __init__(self, events: AsyncIterator[str], close: Callable[[], None]) -> None:
         super().__init__()
-        self._events = events
+        self._events, self._close = events, close
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         request = Request(scope, receive)
-        await unless_gone(request, self._write(send))
+        try:
+            await unless_gone(request, self._write(send))
+        finally:
+            self._close()
 
     async def _write(self, send: Any) -> None:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()

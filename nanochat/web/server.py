@@ -187,8 +187,11 @@ def create_app(
             on_end=lambda ended: note_end(request, ended),
         )
         if asked.stream:
-            return EventStream(answer.events(asked.wants_usage))
-        body = await gate.unless_gone(request, answer.whole())
+            return EventStream(answer.events(asked.wants_usage), answer.end)
+        try:
+            body = await gate.unless_gone(request, answer.whole())
+        finally:
+            answer.end()
         return JSONResponse(body) if body is not None else Response(status_code=499)
 
     def note_end(request: Request, answer: Answer) -> None:
@@ -202,12 +205,12 @@ def create_app(
         metrics.count("tokens_out_total", answer.num_output)
         metrics.count("prefix_tokens_queried_total", sum(len(c.generation.prompt) for c in answer.choices))
         metrics.count("prefix_tokens_hit_total", answer.num_cached)
-        metrics.observe("request_seconds", answer.seconds)
-        first = answer.first_seconds
+        seconds, first = answer.seconds or 0.0, answer.first_seconds
+        metrics.observe("request_seconds", seconds)
         if first is not None:
             metrics.observe("first_token_seconds", first)
             if answer.num_output > 1:
-                metrics.observe("token_seconds", (answer.seconds - first) / (answer.num_output - 1))
+                metrics.observe("token_seconds", (seconds - first) / (answer.num_output - 1))
         facts = {"prompt_tokens": answer.num_prompt, "completion_tokens": answer.num_output, "finish": reason}
         request.scope["facts"] |= {**facts, "first_token_seconds": None if first is None else round(first, 4)}
 
