@@ -138,14 +138,31 @@ def create_app(
         if asked not in (None, name):
             raise ApiError(404, "there is no such model", "model_not_found", "model")
 
+    def too_many(retry_after: int) -> ApiError:
+        return ApiError(429, "too many requests are waiting", "rate_limit_exceeded", retry_after=retry_after)
+
+    async def enter(request: Request) -> bytes:
+        """The body of a request that may be answered now: the others are sent away before they cost more."""
+        body = await gate.read_body(request)
+        if app.state.is_draining:
+            raise ApiError(503, "the server is stopping", retry_after=10)
+        if wait := fleet.full_for():
+            raise too_many(wait)
+        key = request.scope["key"]
+        if max_per_key and per_key[key] >= max_per_key:
+            raise ApiError(
+                429, "too many requests of this key are running", "rate_limit_exceeded", retry_after=5
+            )
+        return body
+
     async def chat_completions(request: Request) -> Response:
-        asked = openai.parse(await gate.read_body(request), ChatRequest)
+        asked = openai.parse(await enter(request), ChatRequest)
         return await complete(
             request, asked, lambda: prompts.of_chat(asked, request.scope["key"]), ChatReply(name, names)
         )
 
     async def completions(request: Request) -> Response:
-        asked = openai.parse(await gate.read_body(request), CompletionRequest)
+        asked = openai.parse(await enter(request), CompletionRequest)
         return await complete(
             request, asked, lambda: prompts.of_text(asked, request.scope["key"]), TextReply(name, names)
         )
@@ -157,20 +174,13 @@ def create_app(
         if log and (new := openai.unknown_fields(asked) - told) and len(told) < 100:
             told.update(new)
             log({"event": "unknown fields", "fields": sorted(field[:40] for field in new)})
-        if app.state.is_draining:
-            raise ApiError(503, "the server is stopping", retry_after=10)
         key = request.scope["key"]
-        if max_per_key and per_key[key] >= max_per_key:
-            raise ApiError(
-                429, "too many requests of this key are running", "rate_limit_exceeded", retry_after=5
-            )
         prepared = prepare()
         job = Job(prepared.generations)
         try:
             fleet.submit(job)
         except Busy as busy:
-            message = "too many requests are waiting"
-            raise ApiError(429, message, "rate_limit_exceeded", retry_after=busy.retry_after) from None
+            raise too_many(busy.retry_after) from None
         per_key[key] += 1
         request.scope["facts"] |= {
             "id": reply.id,

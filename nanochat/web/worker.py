@@ -98,15 +98,24 @@ class Worker:
     def submit(self, job: Job) -> None:
         """Queue a request. Raises Busy when too many wait already, or when the engine is stopping."""
         with self._wake:
-            self._waiting = deque(entry for entry in self._waiting if not entry[0].is_over)
-            num_free = self._num_rows - len(self._running)
-            queued = islice(self._waiting, max(0, num_free), None)  # the others are about to enter
-            num_queued = sum(index == 0 for _, index in queued)
-            has_row = len(self._waiting) < num_free
-            if self._is_stopping or (not has_row and num_queued >= self._max_waiting):
-                raise Busy(1 + 2 * math.ceil(num_queued / self._num_rows))
+            if seconds := self._full_for():
+                raise Busy(seconds)
             self._waiting.extend((job, index) for index in range(len(job.generations)))
             self._wake.notify()
+
+    def full_for(self) -> int:
+        """0 while requests are taken, else a guess how many seconds it will take until they are."""
+        with self._wake:
+            return self._full_for()
+
+    def _full_for(self) -> int:
+        num_free = self._num_rows - len(self._running)
+        if len(self._waiting) < num_free and not self._is_stopping:
+            return 0
+        queued = islice(self._waiting, max(0, num_free), None)  # the others are about to enter
+        num_queued = sum(index == 0 and not job.is_over for job, index in queued)
+        is_full = num_queued >= self._max_waiting or self._is_stopping
+        return 1 + 2 * math.ceil(num_queued / self._num_rows) if is_full else 0
 
     def _run(self) -> None:
         device = self.engine.model.get_device()
@@ -226,6 +235,10 @@ class Fleet:
     @property
     def num_waiting(self) -> int:
         return sum(worker.num_waiting for worker in self.workers)
+
+    def full_for(self) -> int:
+        """0 while a worker takes requests, else a guess in seconds."""
+        return min(worker.full_for() for worker in self.workers)
 
     def submit(self, job: Job) -> None:
         """Queue a request with the least busy worker; among equals, who shares a beginning stays together."""
