@@ -105,11 +105,11 @@ export class Answer {
     const actions = h(
       "div",
       { class: "actions" },
+      branchButtons(node, this.others, act),
       copy,
       iconButton("again", "Answer again", () => act.again(node)),
       node.state !== "done" || node.stats?.reason === "length" ? iconButton("more", "Continue this answer", () => act.extend(node)) : null,
       node.tokens?.length ? iconButton("chart", "How sure was it?", () => this.#toggleTokens()) : null,
-      branchButtons(node, this.others, act),
       h("span", { class: "stats" }, statsText(node.stats)),
     );
     this.foot.replaceChildren(...[this.#trouble(), actions].filter(Boolean));
