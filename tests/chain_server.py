@@ -114,7 +114,7 @@ class Client:
         return [json.loads(event.removeprefix("data: ")) for event in events]
 
 
-def until(condition: Any, seconds: float = 5.0) -> None:
+def until(condition: Any, seconds: float = 30.0) -> None:
     """Wait for something that must come true."""
     end = time.monotonic() + seconds
     while not condition():
