@@ -25,6 +25,7 @@ LAYERS = [
     {"eval"},
     {"engine", "sandbox"},
     {"models"},
+    {"lora"},
     {"gpt", "optim", "data"},
     {"flash_attention", "tokenizer", "checkpoint", "bpe", "fp8", "cross_entropy", "fused"},
     {"chat", "scaling", "config", "runtime", "paths", "hardware", "errors", "storage"},
