@@ -2,19 +2,20 @@
 
 python -m scripts.chat_web                       then open http://127.0.0.1:8000
 python -m scripts.chat_web --stage=base --port=8001
+NANOCHAT_API_KEY=long-secret python -m scripts.chat_web --host=0.0.0.0 --allow-host=gpu7.example.org
 """
 
 from __future__ import annotations
 
-import socket
+import copy
+import os
 from dataclasses import dataclass
 
 from nanochat import config, errors
 from nanochat.config import setting
+from nanochat.engine import Engine
 from nanochat.engine.session import open_engine
 from nanochat.paths import Home
-
-LOOPBACK = ("127.0.0.1", "localhost")
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,21 @@ class Settings:
     tag: str = setting("main", "name of the run")
     stage: str | None = setting(None, "rl, sft, mid or base (default: the most trained one)")
     step: int | None = setting(None, "optimizer step of the checkpoint (default: the newest)")
-    host: str = setting("127.0.0.1", "address to listen on: this machine only")
+    name: str | None = setting(None, "the model's id for clients (default: TAG-STAGE)")
+    host: str = setting("127.0.0.1", "address to listen on; others than this machine's need NANOCHAT_API_KEY")
     port: int = setting(8000, "port to listen on (0: any free one)")
+    allow_host: str = setting("", "further names of this server in the Host header, comma-separated")
+    allow_origin: str = setting(
+        "", "web pages that may call the API, as https://chat.example.org, comma-separated"
+    )
     temperature: float = setting(0.6, "where a request names none")
     top_k: int = setting(50, "where a request names none (0: all tokens)")
-    rows: int = setting(8, "answers computed at a time; each keeps a cache of the whole context")
+    rows: int = setting(8, "answers computed at a time, on each replica")
     waiting: int = setting(64, "requests that may wait; more are told to come back (429)")
+    per_key: int = setting(0, "requests of one API key at a time (0: no limit)")
+    drain: float = setting(30.0, "seconds that answers have to finish after SIGTERM")
+    replicas: int | None = setting(None, "copies of the model (default: one a GPU)")
+    log: bool = setting(True, "write a line of JSON per request to stderr; never what was said")
     device: str | None = setting(None, "cpu, cuda or mps (default: what there is)")
     dtype: str | None = setting(None, "float32 or bfloat16 (default: float32, on a GPU bfloat16)")
 
@@ -38,12 +48,16 @@ PRESETS = {name: Settings() for name in ("smoke", "cpu-demo", "single-gpu", "spe
 
 def main(argv: list[str] | None = None) -> None:
     settings = config.parse(Settings, PRESETS, argv, __doc__)
-    import uvicorn
-
+    from nanochat.web.gate import log_line
     from nanochat.web.server import create_app
+    from nanochat.web.serving import listen, make_server
 
-    listener = listen(settings.host, settings.port)
-    with listener:
+    keys = names(os.environ.get("NANOCHAT_API_KEY", ""))
+    if any(len(key) < 8 for key in keys):
+        raise errors.UserError(
+            "NANOCHAT_API_KEY holds a key of less than 8 characters", "openssl rand -hex 24 makes a good one"
+        )
+    with listen(settings.host, settings.port, bool(keys)) as listener:
         opened = open_engine(
             Home.find(settings.home),
             settings.tag,
@@ -53,41 +67,48 @@ def main(argv: list[str] | None = None) -> None:
             settings.dtype,
         )
         app = create_app(
-            opened.engine,
-            f"{settings.tag}-{opened.stage}",
+            replicas(opened.engine, settings.replicas),
+            settings.name or f"{settings.tag}-{opened.stage}",
             temperature=settings.temperature,
             top_k=settings.top_k,
             num_rows=settings.rows,
             max_waiting=settings.waiting,
+            max_per_key=settings.per_key,
+            keys=keys,
+            hosts=[settings.host, *names(settings.allow_host)],
+            origins=names(settings.allow_origin),
+            log=log_line if settings.log else None,
             note=opened.warning,
         )
         if opened.warning:
             print(f"note: {opened.warning}")
-        listener.listen()  # from here on connections wait for the server instead of failing
+        listener.listen(1024)  # from here on connections wait for the server instead of failing
         host, port = listener.getsockname()[:2]
-        print(
-            f"{settings.tag}/{opened.stage}, step {opened.step}: open http://{host}:{port} (Ctrl-C ends it)",
-            flush=True,
-        )
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
-        server.run(sockets=[listener])
+        where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        print(f"{settings.tag}/{opened.stage}, step {opened.step}: open {where} (Ctrl-C ends it)", flush=True)
+        make_server(app, settings.drain).run(sockets=[listener])
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens on this machine. Raises UserError for another address or a taken port."""
-    if host not in LOOPBACK:
+def names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def replicas(engine: Engine, count: int | None) -> list[Engine]:
+    """The engine and copies of it: one on each further GPU, or beside it on a CPU. Raises UserError."""
+    import torch
+
+    device = engine.model.get_device()
+    num_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    count = count or max(1, num_gpus)
+    if count < 1 or (num_gpus and count > num_gpus):
         raise errors.UserError(
-            f"--host must be one of {', '.join(LOOPBACK)}, found {host!r}: the server has no passwords yet",
-            "reach it from elsewhere through ssh -L 8000:127.0.0.1:8000 THIS-MACHINE",
+            f"--replicas must be from 1 to {max(1, num_gpus)}, found {count}", "leave it out"
         )
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-    except (OSError, OverflowError) as error:
-        listener.close()
-        raise errors.UserError(f"cannot listen on port {port}: {error}", "choose another --port") from error
-    return listener
+    found = [engine]
+    for index in range(1, count):
+        place = torch.device("cuda", index) if num_gpus else device
+        found.append(Engine(copy.deepcopy(engine.model).to(place), engine.tokenizer, engine.dtype))
+    return found
 
 
 if __name__ == "__main__":

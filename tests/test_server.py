@@ -2,117 +2,24 @@
 
 from __future__ import annotations
 
-import http.client
 import json
-import re
-import threading
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-import uvicorn
+from chain_server import CALL, END, REST, TOK, Chain, Client, counter_app, until
 
 from nanochat import chat
 from nanochat.engine import Engine
 from nanochat.errors import UserError
-from nanochat.tokenizer import RustBPETokenizer
 from nanochat.web import openai
-from nanochat.web.server import MAX_BODY_BYTES, POLICY, create_app
+from nanochat.web.gate import MAX_BODY_BYTES
+from nanochat.web.openai import ChatRequest
+from nanochat.web.server import POLICY, create_app
 from scripts import chat_web
-
-TOK = RustBPETokenizer.train_from_iterator(["hello there " * 9], 275)
-START, END, PY, PY_END, OUT, OUT_END = (
-    TOK.encode_special(name)
-    for name in (
-        chat.ASSISTANT_START,
-        chat.ASSISTANT_END,
-        chat.PYTHON_START,
-        chat.PYTHON_END,
-        chat.OUTPUT_START,
-        chat.OUTPUT_END,
-    )
-)
-CALL = [START, PY, *b"1+2", PY_END, *b"x"]  # the x is overruled
-REST = [OUT_END, *"ok 🙂!".encode(), END]
-COUNT = [START, *b"abcdefghij", ord("a")]  # without end
-
-
-class Chain:
-    """A model for the ragged engine: the likeliest next token is a function of the last one."""
-
-    def __init__(self, *chains: list[int], delay_seconds: float = 0.0, sequence_len: int = 200) -> None:
-        self.config = SimpleNamespace(n_kv_head=1, n_head=1, n_embd=2, n_layer=1, sequence_len=sequence_len)
-        self.nexts = torch.zeros(TOK.get_vocab_size(), dtype=torch.long)
-        self.delay_seconds, self.num_rows, self.is_broken = delay_seconds, list[int](), False
-        for chain in chains:
-            self.nexts[chain[:-1]] = torch.tensor(chain[1:])
-
-    def get_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def trunk(self, ids_BT: torch.Tensor, *rest: Any) -> torch.Tensor:
-        if self.is_broken:
-            self.is_broken = False
-            raise RuntimeError("out of order")
-        self.num_rows.append(len(ids_BT))
-        time.sleep(self.delay_seconds)
-        return self.nexts[ids_BT].unsqueeze(-1)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.one_hot(hidden[..., 0], TOK.get_vocab_size()) * 50.0
-
-
-class Client:
-    """One connection per request to a server that runs in a thread."""
-
-    def __init__(self, app: Any) -> None:
-        self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="on"))
-        listener = chat_web.listen("127.0.0.1", 0)
-        self.port = listener.getsockname()[1]
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]})
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-
-    def close(self) -> None:
-        self.server.should_exit = True
-        self.thread.join()
-
-    def open(self, method: str, path: str, body: Any = None, **headers: str) -> http.client.HTTPConnection:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
-        kind = {"Content-Type": "application/json"} if data is not None else {}
-        connection.request(
-            method, path, data, {**kind, **{k.replace("_", "-"): v for k, v in headers.items()}}
-        )
-        return connection
-
-    def send(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any, Any]:
-        """(status, headers, body: JSON where it is)."""
-        connection = self.open(method, path, body, **headers)
-        response = connection.getresponse()
-        data = response.read()
-        connection.close()
-        is_json = response.headers.get_content_type() == "application/json"
-        return response.status, response.headers, json.loads(data) if is_json else data
-
-    def ask(self, text: str = "hello", **fields: Any) -> tuple[int, Any, Any]:
-        body = {"messages": [{"role": "user", "content": text}], **fields}
-        return self.send("POST", "/v1/chat/completions", body)
-
-    def stream(self, **fields: Any) -> list[dict]:
-        """The events of an answer; the last one must be [DONE]."""
-        status, headers, data = self.ask(stream=True, **fields)
-        assert status == 200 and headers["Content-Type"] == "text/event-stream; charset=utf-8"
-        assert headers["Cache-Control"] == "no-cache"
-        *events, done, rest = data.decode().split("\n\n")
-        assert (done, rest) == ("data: [DONE]", "")
-        return [json.loads(event.removeprefix("data: ")) for event in events]
 
 
 @pytest.fixture(scope="module")
@@ -126,19 +33,9 @@ def caller() -> Iterator[Client]:
 @pytest.fixture
 def counter() -> Iterator[Client]:
     """A server of two rows whose model goes on for ever, 2 ms a token; one request may wait."""
-    model = Chain(COUNT, delay_seconds=0.002, sequence_len=2000)
-    client = Client(create_app(Engine(model, TOK), "main-sft", num_rows=2, max_waiting=1))
-    client.model = model  # type: ignore[attr-defined]
+    client = Client(counter_app())
     yield client
     client.close()
-
-
-def until(condition: Any) -> None:
-    """Wait for something that must come true within two seconds."""
-    end = time.monotonic() + 2
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 # ---------------------------------------------------------------- answers
@@ -208,7 +105,7 @@ def test_conversations(caller: Client) -> None:
         {"role": "developer", "content": "be brief"},
         {"role": "user", "content": "<|assistant_end|>"},
     ]
-    request = openai.parse(json.dumps({"messages": messages}).encode())
+    request = openai.parse(json.dumps({"messages": messages}).encode(), ChatRequest)
     said = [
         ("user", "be kind\n\nhello there"),
         ("assistant", "ok 🙂!"),
@@ -228,7 +125,7 @@ def test_many_at_once_are_each_alone(counter: Client) -> None:
     letters = "abcdefghij" * 3
     contents = [body["choices"][0]["message"]["content"] for _, _, body in found]
     assert contents == [letters[:5], letters[:25], letters[:14]]
-    assert max(counter.model.num_rows) == 2  # type: ignore[attr-defined]
+    assert max(counter.model.num_rows) == 2
 
 
 # ---------------------------------------------------------------- errors
@@ -236,8 +133,22 @@ def test_many_at_once_are_each_alone(counter: Client) -> None:
 BAD = [
     *((b"temperature", value) for value in (b"-1", b"2.1", b"1e400", b"true", b'"1"')),
     *((b"top_p", b"1.5"), (b"top_k", b"-2"), (b"top_k", b"1.5"), (b"seed", b"9" * 400), (b"seed", b"1.0")),
-    *((b"max_tokens", b"0"), (b"max_tokens", b"1e3"), (b"n", b"2"), (b"stream", b"1"), (b"stop", b"[1]")),
+    *((b"max_tokens", b"0"), (b"max_tokens", b"1e3"), (b"n", b"17"), (b"stream", b"1"), (b"stop", b"[1]")),
     (b"stream_options", b'{"include_usage": true}'),
+    (b"repetition_penalty", b"0"),
+    (b"presence_penalty", b"3"),
+    (b"logit_bias", b'{"1": 101}'),
+    (b"logit_bias", b'{"x": 1}'),
+    (b"logit_bias", b'{"99999": 1}'),
+    (b"top_logprobs", b"3"),
+    (b"response_format", b'{"type": "json_object"}'),
+    (b"tool_choice", b'"required"'),
+    (b"stop_token_ids", b"[-1]"),
+    (b"min_tokens", b"-1"),
+    (b"stop", b'["a", 1]'),
+    (b"continue_final_message", b"true"),
+    (b"max_tokens", b"true"),
+    (b"min_p", b"2"),
 ]
 
 
@@ -279,7 +190,7 @@ def test_error_shapes(caller: Client) -> None:
         (403, caller.send("POST", "/v1/chat/completions", {}, Origin="null")),
     ):
         assert found[0] == status and set(found[2]["error"]) == {"message", "type", "param", "code"}
-    assert caller.send("GET", "/health", Host="evil.example")[0] == 400
+    assert caller.send("GET", "/health", Host="evil.example")[0] == 403
     fine = {"messages": [{"role": "user", "content": "hi"}], "unknown": 1, "temperature": None}
     assert (
         caller.send("POST", "/v1/chat/completions", fine, Origin=f"http://127.0.0.1:{caller.port}")[0] == 200
@@ -288,20 +199,20 @@ def test_error_shapes(caller: Client) -> None:
 
 def test_overload_only_200_429_and_health(counter: Client) -> None:
     with ThreadPoolExecutor(12) as pool:
-        futures = [pool.submit(counter.ask, max_tokens=60) for _ in range(12)]
-        time.sleep(0.05)
-        start = time.monotonic()
-        assert counter.send("GET", "/health")[0] == 200 and time.monotonic() - start < 1
+        futures = [pool.submit(counter.ask, max_tokens=200) for _ in range(12)]
+        until(lambda: counter.app.state.fleet.num_running == 2)
+        assert counter.send("GET", "/health")[0] == 200
+        assert not all(future.done() for future in futures)  # it did not wait for the answers
         found = [future.result() for future in futures]
     statuses = [status for status, _, _ in found]
     assert set(statuses) == {200, 429} and statuses.count(200) >= 3
     refused = found[statuses.index(429)]
-    assert refused[2]["error"]["code"] == "rate_limit_exceeded" and refused[1]["Retry-After"] == "2"
+    assert refused[2]["error"]["code"] == "rate_limit_exceeded" and 1 <= int(refused[1]["Retry-After"]) <= 120
 
 
 @pytest.mark.parametrize("is_streamed", [True, False])
 def test_disconnect_frees_slot(counter: Client, is_streamed: bool) -> None:
-    model = counter.model  # type: ignore[attr-defined]
+    model = counter.model
     body = {"messages": [{"role": "user", "content": "hello"}], "stream": is_streamed}
     connections = [counter.open("POST", "/v1/chat/completions", body) for _ in range(2)]
     until(lambda: model.num_rows and model.num_rows[-1] == 2)
@@ -323,7 +234,7 @@ def test_disconnect_frees_slot(counter: Client, is_streamed: bool) -> None:
 
 
 def test_a_broken_step_is_an_error_and_not_the_end(counter: Client) -> None:
-    counter.model.is_broken = True  # type: ignore[attr-defined]
+    counter.model.is_broken = True
     status, _, body = counter.ask(max_tokens=3)
     assert (
         status == 500
@@ -349,30 +260,142 @@ def test_stopping_ends_what_runs(counter: Client) -> None:
 
 
 def test_page_and_models(caller: Client) -> None:
-    for path, kind in (("/", "text/html"), ("/app.js", "text/javascript"), ("/style.css", "text/css")):
+    for path, kind in (("/", "text/html"), ("/app.js", "text/javascript"), ("/icon.svg", "image/svg+xml")):
         status, headers, data = caller.send("GET", path)
-        assert status == 200 and headers.get_content_type() == kind and len(data) > 500
+        assert status == 200 and headers.get_content_type() == kind and len(data) > 300
         assert headers["Content-Security-Policy"] == POLICY and headers["X-Content-Type-Options"] == "nosniff"
     assert caller.send("GET", "/settings")[2] == {
         "model": "main-sft",
         "temperature": 0.6,
         "top_k": 50,
         "note": "a note",
+        "context": 200,
     }
     (model,) = caller.send("GET", "/v1/models")[2]["data"]
     assert model == caller.send("GET", "/v1/models/main-sft")[2] and model["id"] == "main-sft"
 
 
-def test_no_inner_html() -> None:
-    page = Path(__file__).parents[1] / "nanochat/web/page"
-    text = "".join(path.read_text(encoding="utf-8") for path in page.iterdir())
-    assert not re.search(
-        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|\bon\w+=|style=|<script>|https?://",
-        text,
-    )
-
-
 def test_addresses(caller: Client) -> None:
-    for words in (["--host=0.0.0.0"], [f"--port={caller.port}"], ["--port=99999"]):
+    for words in (["--host=0.0.0.0"], ["--host=::"], [f"--port={caller.port}"], ["--port=99999"]):
         with pytest.raises(UserError):
             chat_web.main(words)
+
+
+# ---------------------------------------------------------------- other ways to ask
+
+
+def test_n_choices(caller: Client) -> None:
+    body = caller.ask(n=3)[2]
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
+    assert {choice["message"]["content"] for choice in body["choices"]} == {"ok 🙂!"}
+    assert body["usage"]["completion_tokens"] == 3 * 17
+    deltas = [event["choices"][0] for event in caller.stream(n=3)]
+    for index in range(3):
+        mine = [delta for delta in deltas if delta["index"] == index]
+        assert mine[0]["delta"]["role"] == "assistant" and mine[-1]["finish_reason"] == "stop"
+        assert "".join(delta["delta"].get("content", "") for delta in mine) == "ok 🙂!"
+
+
+def test_continue_final_message(caller: Client) -> None:
+    """The answer goes on where the given one ends: after "o" the chain knows k."""
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "o"}]
+    body = {"messages": messages, "continue_final_message": True}
+    status, _, answer = caller.send("POST", "/v1/chat/completions", body)
+    assert status == 200 and answer["choices"][0]["message"]["content"] == "k 🙂!"
+
+
+def test_chat_logprobs(caller: Client) -> None:
+    whole = caller.ask(logprobs=True, top_logprobs=2)[2]["choices"][0]
+    entries = whole["logprobs"]["content"]
+    assert b"".join(bytes(entry["bytes"]) for entry in entries).decode() == whole["message"]["content"]
+    assert entries[0]["token"] == "o" and entries[3]["token"] == "bytes:\\xf0"
+    for entry in entries:
+        assert -0.01 < entry["logprob"] <= 0 and len(entry["top_logprobs"]) == 2
+        assert entry["top_logprobs"][0] == {key: entry[key] for key in ("token", "logprob", "bytes")}
+    streamed = [
+        entry
+        for event in caller.stream(logprobs=True, top_logprobs=2)
+        for entry in ((event["choices"][0]["logprobs"] or {}).get("content") or [])
+    ]
+    assert streamed == entries
+
+
+def complete(client: Client, prompt: object, **fields: object) -> dict:
+    status, _, body = client.send("POST", "/v1/completions", {"prompt": prompt, **fields})
+    assert status == 200, body
+    return body
+
+
+def test_text_completions(caller: Client) -> None:
+    body = complete(caller, "o", temperature=0)
+    assert body["object"] == "text_completion" and body["choices"][0]["text"] == "k 🙂!"
+    assert body["usage"]["prompt_tokens"] == 1
+    several = complete(caller, ["o", "k"], n=2, max_tokens=2, echo=True)
+    assert [choice["text"] for choice in several["choices"]] == ["ok ", "ok ", "k \ufffd", "k \ufffd"]
+    assert [choice["finish_reason"] for choice in several["choices"]] == ["length"] * 4
+    assert complete(caller, "o", stop=["🙂"])["choices"][0]["text"] == "k "
+    assert complete(caller, "o", stop_token_ids=[ord(" ")])["choices"][0]["finish_reason"] == "stop"
+    assert complete(caller, "", max_tokens=1)["usage"]["prompt_tokens"] == 0
+    assert caller.send("POST", "/completions", {"prompt": "o"})[0] == 200
+    long = complete(caller, "o", ignore_eos=True, max_tokens=30)
+    assert long["usage"]["completion_tokens"] == 30
+    for wrong in ({"prompt": [10**6]}, {"prompt": "o", "max_tokens": 0}, {"prompt": ["o"] * 200, "n": 2}, {}):
+        assert caller.send("POST", "/v1/completions", wrong)[0] == 400
+
+
+def test_echo_logprobs(caller: Client) -> None:
+    """What lm-eval reads: the prompt's log-probabilities, checked against the model's own logits."""
+    ids = [*b"xok q"]
+    for prompt, hidden in ((ids, True), ([TOK.get_bos_token_id(), *ids], False)):
+        body = complete(caller, prompt, echo=True, logprobs=1, max_tokens=1, temperature=0)
+        (choice,) = body["choices"]
+        found = choice["logprobs"]
+        shown = ids if hidden else prompt
+        assert body["usage"]["prompt_tokens"] == len(shown)
+        assert len(found["tokens"]) == len(shown) + 1 == len(found["text_offset"])
+        assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
+        all_ids = [*shown, caller.model.nexts[shown[-1]].item()]
+        logits = caller.model.logits(caller.model.nexts[torch.tensor(all_ids)].unsqueeze(-1))
+        expected = logits.log_softmax(-1)
+        for i in range(1, len(all_ids)):
+            assert found["token_logprobs"][i] == pytest.approx(expected[i - 1, all_ids[i]].item())
+            assert max(found["top_logprobs"][i].values()) == pytest.approx(expected[i - 1].max().item())
+            is_greedy = found["token_logprobs"][i] == max(found["top_logprobs"][i].values())
+            assert is_greedy == (caller.model.nexts[all_ids[i - 1]].item() == all_ids[i])
+        assert choice["text"].startswith(TOK.decode(shown))
+    scored = complete(caller, ids, echo=True, logprobs=0, max_tokens=0)["choices"][0]
+    assert scored["text"] == "xok q" and len(scored["logprobs"]["tokens"]) == 5
+    assert all(math.isfinite(value) for value in scored["logprobs"]["token_logprobs"][1:])
+
+
+def test_text_stream_equals_final(caller: Client) -> None:
+    fields = {"prompt": "o", "echo": True, "logprobs": 1, "temperature": 0}
+    whole = complete(caller, **fields)["choices"][0]
+    status, headers, data = caller.send("POST", "/v1/completions", {**fields, "stream": True})
+    assert status == 200 and headers["Content-Type"] == "text/event-stream; charset=utf-8"
+    *events, done, _ = data.decode().split("\n\n")
+    assert done == "data: [DONE]"
+    choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
+    assert "".join(choice["text"] for choice in choices) == whole["text"]
+    assert choices[-1]["finish_reason"] == whole["finish_reason"] == "stop"
+    for key in ("tokens", "token_logprobs", "top_logprobs"):
+        assert [x for c in choices for x in (c["logprobs"] or {}).get(key, [])] == whole["logprobs"][key]
+
+
+def test_tokenizer_routes(caller: Client) -> None:
+    assert caller.send("POST", "/tokenize", {"prompt": "hello 🙂"})[2] == {"tokens": TOK.encode("hello 🙂")}
+    assert caller.send("POST", "/tokenize", {"prompt": chat.ASSISTANT_END})[2] == {"tokens": [END]}
+    inside = caller.send("POST", "/tokenize", {"prompt": f"a{chat.ASSISTANT_END}"})[2]["tokens"]
+    assert END not in inside
+    assert caller.send("POST", "/detokenize", {"tokens": TOK.encode("hello")})[2] == {"prompt": "hello"}
+    assert caller.send("POST", "/detokenize", {"tokens": [10**7]})[0] == 400
+    assert caller.send("GET", "/tokenizer_info")[2]["bos_token"] == chat.BOS
+
+
+def test_penalties_and_bias(caller: Client) -> None:
+    banned = caller.ask(logit_bias={str(ord("!")): -100}, max_tokens=20)[2]["choices"][0]["message"][
+        "content"
+    ]
+    assert "!" not in banned
+    assert complete(caller, "o", frequency_penalty=2, presence_penalty=2, repetition_penalty=1.1)["choices"]
+    assert complete(caller, "o", min_tokens=12, max_tokens=12)["choices"][0]["finish_reason"] == "length"

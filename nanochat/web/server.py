@@ -1,226 +1,300 @@
-"""The server: the page at /, OpenAI's chat API under /v1, /health.
+"""The server: the page at /, OpenAI's API under /v1 (and without it), /health, /metrics.
 
-Left out for now: API keys, /v1/completions, logprobs, metrics, several replicas. It answers this machine
-alone (scripts/chat_web.py binds 127.0.0.1): other Hosts are refused, and so are requests that other web pages
-send.
+Every request passes the gate (gate.py); a completion becomes generations (prompts.py), runs in the engine's
+thread (worker.py), and comes back as text (answer.py) in OpenAI's shapes (replies.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import secrets
 import time
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from importlib import resources
-from urllib.parse import urlsplit
+from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
-from nanochat import chat
-from nanochat.engine import Engine, Sampling
-from nanochat.engine.text import PartDecoder, StopFilter
-from nanochat.web import openai
-from nanochat.web.openai import ApiError, ChatRequest, Reply
-from nanochat.web.worker import Busy, Job, Worker
+from nanochat.engine import Engine
+from nanochat.web import gate, openai
+from nanochat.web.answer import Answer
+from nanochat.web.gate import EventStream, Gate, Log
+from nanochat.web.metrics import Metrics
+from nanochat.web.openai import (
+    ApiError,
+    ChatRequest,
+    Common,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from nanochat.web.prompts import Defaults, Prepared, Prompts
+from nanochat.web.replies import ChatReply, TextReply, TokenNames
+from nanochat.web.worker import Busy, Fleet, Job
 
-HOSTS = ["localhost", "127.0.0.1"]
-MAX_BODY_BYTES = 1 << 20
-PAGE = {
-    "": ("index.html", "text/html"),
-    "app.js": ("app.js", "text/javascript"),
-    "style.css": ("style.css", "text/css"),
-}
+KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
+    "trusted-types nanochat"
 )
-STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+PAGE_HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "no-cache",
+}
+MAX_SECONDS = 600.0  # of one request
+
+
+def page_files() -> dict[str, tuple[str, str]]:
+    """Path -> (text, content type) of everything the browser may fetch without a key."""
+    found = {}
+    for file in (resources.files("nanochat.web") / "page").iterdir():
+        kind = KINDS.get(file.name[file.name.rfind(".") :])
+        if kind:
+            found[f"/{file.name}"] = (file.read_text(encoding="utf-8"), kind)
+    return {"/": found["/index.html"], **found}
 
 
 def create_app(
-    engine: Engine,
+    engines: Engine | Sequence[Engine],
     name: str,
     *,
     temperature: float = 0.6,
     top_k: int = 50,
     num_rows: int = 8,
     max_waiting: int = 64,
+    max_wait_seconds: float = 60.0,
+    max_per_key: int = 0,
+    keys: Collection[str] = (),
+    hosts: Collection[str] = (),
+    origins: Collection[str] = (),
+    log: Log | None = None,
     note: str | None = None,
 ) -> FastAPI:
-    """The application around one engine; `name` is the model's id, temperature and top_k its defaults."""
-    worker = Worker(engine, num_rows, max_waiting)
-    most_chars = engine.context * int(engine.tokenizer.token_bytes().max())
+    """The application around one engine, or several that hold the same model.
+
+    `name` is the model's id, temperature and top_k its defaults; num_rows is per engine; max_per_key 0 is no
+    limit. While app.state.is_draining, new completions and /health answer 503.
+    """
+    fleet = Fleet(
+        [engines] if isinstance(engines, Engine) else list(engines), num_rows, max_waiting, max_wait_seconds
+    )
+    tok, context = fleet.engine.tokenizer, fleet.engine.context
+    prompts, names, metrics = Prompts(fleet.engine, Defaults(temperature, top_k)), TokenNames(tok), Metrics()
+    files = page_files()
+    per_key: Counter[str] = Counter()
+    told: set[str] = set()
+    model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "nanochat"}
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        worker.start()
+        fleet.start()
         yield
-        worker.stop()
+        fleet.stop()
 
     app = FastAPI(title="nanochat", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False)
-    model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "nanochat"}
+    app.state.is_draining, app.state.fleet = False, fleet
+    app.add_middleware(Gate, hosts=hosts, origins=origins, keys=keys, public={"/health", *files}, log=log)
 
     @app.exception_handler(ApiError)
     async def refuse(_: Request, error: ApiError) -> JSONResponse:
-        headers = {"Retry-After": "2"} if error.status in (429, 503) else None
-        return JSONResponse(error.body, error.status, headers)
+        metrics.count("requests_rejected_total", label=f'status="{error.status}"')
+        return JSONResponse(error.body, error.status, error.headers)
 
     @app.exception_handler(404)
     @app.exception_handler(405)
     async def nowhere(_: Request, error: Exception) -> JSONResponse:
         status = getattr(error, "status_code", 404)
-        return JSONResponse(ApiError(status, "there is no such route, or not with this method").body, status)
+        headers = getattr(error, "headers", None)
+        return JSONResponse(
+            ApiError(status, "there is no such route, or not with this method").body, status, headers
+        )
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        return JSONResponse({"status": "ok" if worker.is_alive else "dead"}, 200 if worker.is_alive else 503)
+        state = "draining" if app.state.is_draining else "ok" if fleet.is_alive else "dead"
+        return JSONResponse({"status": state}, 200 if state == "ok" else 503)
 
-    @app.get("/v1/models")
-    async def models() -> dict:
-        return {"object": "list", "data": [model]}
-
-    @app.get("/v1/models/{model_id:path}")
-    async def one_model(model_id: str) -> dict:
-        if model_id != name:
-            raise ApiError(404, "there is no such model", "model_not_found", "model")
-        return model
-
-    @app.post("/v1/chat/completions")
-    async def completions(request: Request) -> Response:
-        check_origin(request)
-        asked = openai.parse(await read_body(request))
-        if asked.model not in (None, name):
-            raise ApiError(404, "there is no such model", "model_not_found", "model")
-        job = Job(engine.start(*prompt_of(asked)))
-        try:
-            worker.submit(job)
-        except Busy:
-            raise ApiError(429, "too many requests are waiting", "rate_limit_exceeded") from None
-        answer, reply = Answer(job, engine.tokenizer, asked.stops), Reply(name)
-        if asked.stream:
-            events = stream(answer, reply, bool(asked.stream_options and asked.stream_options.include_usage))
-            media_type = "text/event-stream; charset=utf-8"
-            return StreamingResponse(events, media_type=media_type, headers=STREAM_HEADERS)
-        parts: list[dict[str, str]] = []
-        async for part, text in answer.pieces(request):
-            if not parts or parts[-1]["type"] != part:
-                parts.append({"type": part, "text": ""})
-            parts[-1]["text"] += text
-        if job.error:
-            raise ApiError(500, job.error)
-        return JSONResponse(reply.whole(parts, answer.finish_reason, answer.usage()))
-
-    def prompt_of(asked: ChatRequest) -> tuple[list[int], Sampling, int | None]:
-        tok = engine.tokenizer
-        conversation = asked.conversation()
-        num_chars = sum(len(chat.text_of(message["content"])) for message in conversation["messages"])
-        if num_chars > most_chars:  # it cannot fit, and long texts make tokenizers slow
-            raise ApiError(400, "the messages are too long", "context_length_exceeded", "messages")
-        try:
-            ids = chat.render_for_completion(conversation, tok)
-        except ValueError as error:  # it names the message and what is wrong with its role
-            raise ApiError(400, str(error), param="messages") from None
-        if len(ids) >= engine.context:
-            message = f"the model reads {engine.context} tokens, the messages have {len(ids)}"
-            raise ApiError(400, message, "context_length_exceeded", "messages")
-        sampling = Sampling(
-            temperature if asked.temperature is None else asked.temperature,
-            top_k if asked.top_k is None else max(0, asked.top_k),
-            1.0 if asked.top_p is None else asked.top_p,
-            asked.min_p or 0.0,
-            secrets.randbits(63) if asked.seed is None else asked.seed,
-            # Only the tool may say these, so that what is shown as its output is real.
-            (tok.encode_special(chat.OUTPUT_START), tok.encode_special(chat.OUTPUT_END)),
-        )
-        return ids, sampling, asked.max_completion_tokens or asked.max_tokens
+    @app.get("/metrics")
+    async def show_metrics() -> PlainTextResponse:
+        return PlainTextResponse(metrics.text(gauges(fleet)), media_type="text/plain; version=0.0.4")
 
     @app.get("/settings")
-    async def settings() -> dict:
-        return {"model": name, "temperature": temperature, "top_k": top_k, "note": note}
+    async def settings() -> dict[str, Any]:
+        return {"model": name, "temperature": temperature, "top_k": top_k, "note": note, "context": context}
 
-    @app.get("/{path}")
-    @app.get("/")
-    async def page(path: str = "") -> Response:
-        if path not in PAGE:
-            raise ApiError(404, "there is no such page")
-        file, kind = PAGE[path]
-        headers = {
-            "Content-Security-Policy": POLICY,
-            "X-Content-Type-Options": "nosniff",
-            "Cache-Control": "no-cache",
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model]}
+
+    async def one_model(model_id: str) -> dict[str, Any]:
+        check_model(model_id)
+        return model
+
+    def check_model(asked: str | None) -> None:
+        if asked not in (None, name):
+            raise ApiError(404, "there is no such model", "model_not_found", "model")
+
+    def too_many(retry_after: int) -> ApiError:
+        return ApiError(429, "too many requests are waiting", "rate_limit_exceeded", retry_after=retry_after)
+
+    async def enter(request: Request) -> bytes:
+        """The body of a request that may be answered now: the others are sent away before they cost more."""
+        body = await gate.read_body(request)
+        if app.state.is_draining:
+            raise ApiError(503, "the server is stopping", retry_after=10)
+        if wait := fleet.full_for():
+            raise too_many(wait)
+        key = request.scope["key"]
+        if max_per_key and per_key[key] >= max_per_key:
+            raise ApiError(
+                429, "too many requests of this key are running", "rate_limit_exceeded", retry_after=5
+            )
+        return body
+
+    async def chat_completions(request: Request) -> Response:
+        asked = openai.parse(await enter(request), ChatRequest)
+        return await complete(
+            request, asked, lambda: prompts.of_chat(asked, request.scope["key"]), ChatReply(name, names)
+        )
+
+    async def completions(request: Request) -> Response:
+        asked = openai.parse(await enter(request), CompletionRequest)
+        return await complete(
+            request, asked, lambda: prompts.of_text(asked, request.scope["key"]), TextReply(name, names)
+        )
+
+    async def complete(
+        request: Request, asked: Common, prepare: Callable[[], Prepared], reply: ChatReply | TextReply
+    ) -> Response:
+        check_model(asked.model)
+        if log and (new := openai.unknown_fields(asked) - told) and len(told) < 100:
+            told.update(new)
+            log({"event": "unknown fields", "fields": sorted(field[:40] for field in new)})
+        key = request.scope["key"]
+        prepared = prepare()
+        job = Job(prepared.generations)
+        try:
+            fleet.submit(job)
+        except Busy as busy:
+            raise too_many(busy.retry_after) from None
+        per_key[key] += 1
+        request.scope["facts"] |= {
+            "id": reply.id,
+            "stream": bool(asked.stream),
+            **({"key": key} if key else {}),
         }
-        text = (resources.files("nanochat.web") / "page" / file).read_text(encoding="utf-8")
-        return Response(text, media_type=kind, headers={**headers, "Referrer-Policy": "no-referrer"})
+        answer = Answer(
+            job,
+            prepared.choices,
+            reply,
+            num_prompt=prepared.num_prompt,
+            has_logprobs=prepared.has_logprobs,
+            max_seconds=MAX_SECONDS,
+            on_end=lambda ended: note_end(request, ended),
+        )
+        if asked.stream:
+            return EventStream(answer.events(asked.wants_usage), answer.end)
+        try:
+            body = await gate.unless_gone(request, answer.whole())
+        finally:
+            answer.end()
+        return JSONResponse(body) if body is not None else Response(status_code=499)
 
+    def note_end(request: Request, answer: Answer) -> None:
+        per_key[request.scope["key"]] -= 1
+        reasons = {
+            c.finish_reason if c.is_over else "error" if answer.error else "abort" for c in answer.choices
+        }
+        reason = "+".join(sorted(reasons))
+        metrics.count("requests_finished_total", label=f'reason="{reason}"')
+        metrics.count("tokens_in_total", answer.num_prompt)
+        metrics.count("tokens_out_total", answer.num_output)
+        metrics.count("prefix_tokens_queried_total", sum(len(c.generation.prompt) for c in answer.choices))
+        metrics.count("prefix_tokens_hit_total", answer.num_cached)
+        seconds, first = answer.seconds or 0.0, answer.first_seconds
+        metrics.observe("request_seconds", seconds)
+        if first is not None:
+            metrics.observe("first_token_seconds", first)
+            if answer.num_output > 1:
+                metrics.observe("token_seconds", (seconds - first) / (answer.num_output - 1))
+        facts = {"prompt_tokens": answer.num_prompt, "completion_tokens": answer.num_output, "finish": reason}
+        request.scope["facts"] |= {**facts, "first_token_seconds": None if first is None else round(first, 4)}
+
+    async def tokenize(request: Request) -> dict[str, Any]:
+        return {
+            "tokens": prompts.tokenize(openai.parse(await gate.read_body(request), TokenizeRequest).prompt)
+        }
+
+    async def detokenize(request: Request) -> dict[str, Any]:
+        return {
+            "prompt": prompts.detokenize(
+                openai.parse(await gate.read_body(request), DetokenizeRequest).tokens
+            )
+        }
+
+    async def tokenizer_info() -> dict[str, Any]:
+        return prompts.tokenizer_info()
+
+    def body_of(shape: type[openai.Shape]) -> dict[str, Any]:
+        schema = {"$ref": f"#/components/schemas/{shape.__name__}"}
+        return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+    posts = (
+        ("chat/completions", ChatRequest, chat_completions),
+        ("completions", CompletionRequest, completions),
+        ("tokenize", TokenizeRequest, tokenize),
+        ("detokenize", DetokenizeRequest, detokenize),
+    )
+    gets = (("models", models), ("models/{model_id:path}", one_model), ("tokenizer_info", tokenizer_info))
+    for prefix in ("/v1/", "/"):
+        for path, shape, work in posts:
+            add = app.post(prefix + path, openapi_extra=body_of(shape), include_in_schema=prefix == "/v1/")
+            add(work)
+        for path, look in gets:
+            app.get(prefix + path, include_in_schema=prefix == "/v1/")(look)
+
+    async def page(request: Request) -> Response:
+        text, kind = files[request.scope["path"]]
+        return Response(text, media_type=kind, headers=PAGE_HEADERS)
+
+    for path in files:
+        app.get(path, include_in_schema=False)(page)
+    _describe(app)
     return app
 
 
-class Answer:
-    """One path from tokens to text, streamed or not: parts, whole characters, stop strings."""
-
-    def __init__(self, job: Job, tok: object, stops: list[str]) -> None:
-        self.job, self._decoder, self._filter = job, PartDecoder(tok), StopFilter(stops)
-
-    async def pieces(self, request: Request | None = None) -> AsyncIterator[tuple[str, str]]:
-        """(part type, text) as they come. Leaving early, or a caller that has gone away, frees the row."""
-        try:
-            while (token := await self.job.tokens.get()) is not None:
-                for part, text in self._decoder.push(token):
-                    if shown := self._filter.push(text) if part == "text" else text:
-                        yield part, shown
-                if self._filter.is_hit or (request is not None and await request.is_disconnected()):
-                    return
-            for _, text in self._decoder.flush():
-                if shown := self._filter.push(text):
-                    yield "text", shown
-            if held := self._filter.flush():
-                yield "text", held
-        finally:
-            self.job.cancel()
-
-    @property
-    def finish_reason(self) -> str:
-        return (
-            "length" if self.job.generation.finish_reason == "length" and not self._filter.is_hit else "stop"
-        )
-
-    def usage(self) -> dict:
-        generation = self.job.generation
-        return openai.usage(len(generation.prompt), len(generation.output))
+def gauges(fleet: Fleet) -> dict[str, tuple[str, float]]:
+    """What is so at this moment; figures of the cache where the engine tells them."""
+    found: dict[str, tuple[str, float]] = {
+        "requests_running": ("Sequences that are computed now.", fleet.num_running),
+        "requests_waiting": ("Requests that wait for a row.", fleet.num_waiting),
+    }
+    batches = [worker.batch for worker in fleet.workers if hasattr(worker.batch, "scheduler")]
+    pools = [pool for batch in batches for pool in batch.blocks.pools]
+    if batches:
+        used = sum(sum(count > 0 for count in pool.refs[1:]) for pool in pools)  # block 0 is padding
+        found["blocks_used"] = ("Blocks of the cache that sequences hold.", used)
+        found["blocks_total"] = ("Blocks of the cache.", sum(pool.num_blocks - 1 for pool in pools))
+        preempted = sum(batch.scheduler.num_preempted for batch in batches)
+        found["preemptions"] = ("Sequences that had to give their blocks back, since the start.", preempted)
+    return found
 
 
-async def stream(answer: Answer, reply: Reply, with_usage: bool) -> AsyncIterator[str]:
-    """The events of an answer: role, content, finish, usage if asked for, [DONE]."""
-    yield reply.chunk({"role": "assistant", "content": ""})
-    async with contextlib.aclosing(answer.pieces()) as pieces:  # type: ignore[type-var]
-        async for part, text in pieces:
-            yield reply.piece(part, text)
-    if answer.job.error:
-        yield openai.event(ApiError(500, answer.job.error).body)
-    else:
-        yield reply.chunk({}, answer.finish_reason)
-        if with_usage:
-            yield reply.usage(answer.usage())
-    yield "data: [DONE]\n\n"
+def _describe(app: FastAPI) -> None:
+    """Put the shapes of the bodies, which we read ourselves, into the OpenAPI document."""
+    plain = app.openapi
 
+    def document() -> dict[str, Any]:
+        found = plain()
+        schemas = found.setdefault("components", {}).setdefault("schemas", {})
+        for shape in (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest):
+            schema = shape.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas.update(schema.pop("$defs", {}))
+            schemas[shape.__name__] = schema
+        return found
 
-def check_origin(request: Request) -> None:
-    """Raise ApiError 403 for a request that another web page has sent."""
-    origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
-        raise ApiError(403, "requests of other web pages are refused")
-
-
-async def read_body(request: Request) -> bytes:
-    """The body, counted as it is read. Raises ApiError 413 beyond MAX_BODY_BYTES, 415 unless it is JSON."""
-    if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
-        raise ApiError(415, "the content type must be application/json")
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise ApiError(413, f"the body must be at most {MAX_BODY_BYTES} bytes")
-    return body
+    app.openapi = document  # type: ignore[method-assign]
