@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nanochat.cross_entropy import CHUNK_LOGITS, softcap, weighted_nll
 from nanochat.flash_attention import flash_attn
 from nanochat.fused import mix, norm, relu_squared, rope_tables, rotate_norm
+from nanochat.linear import Embedding, Linear
 from nanochat.scaling import flops_per_token, windows
 
 QK_SCALE = 1.2
@@ -65,24 +66,6 @@ class GPTConfig:
     def has_value_embedding(self, layer: int) -> bool:
         """Every second layer, so that the last one always has it."""
         return layer % 2 == (self.n_layer - 1) % 2
-
-
-class Linear(nn.Linear):
-    """Without bias; the fp32 master weight is cast to the activations' dtype."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
-
-    def reset_parameters(self) -> None:
-        """Left to GPT.init_weights."""
-
-
-class Embedding(nn.Embedding):
-    def reset_parameters(self) -> None:
-        """Left to GPT.init_weights; torch's own, on meta, imports its compiler for a second."""
 
 
 class Attention(nn.Module):
@@ -266,7 +249,8 @@ class GPT(nn.Module):
 
         hidden (..., D); targets, weights (...): the logits never exist as a whole.
         """
-        return weighted_nll(hidden, self.lm_head.weight, targets, weights, self.config.vocab_size)
+        (cast_VD,) = self.lm_head.cast(hidden.dtype)
+        return weighted_nll(hidden, self.lm_head.weight, targets, weights, self.config.vocab_size, cast_VD)
 
     # ------------------------------------------------------------------ the public forward
 
