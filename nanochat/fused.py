@@ -20,6 +20,8 @@ ROPE_BASE = 100_000.0
 
 def norm(x: Tensor) -> Tensor:
     """x / sqrt(mean(x^2) + 2^-23) over the last axis (RMSNorm, arXiv 1910.07467), in at least fp32."""
+    if torch.compiler.is_compiling():  # a compiler fuses the plain lines, and derives their gradient
+        return x * inverse_rms(x).to(x.dtype)
     return Norm.apply(x)
 
 
@@ -32,22 +34,29 @@ def rope_tables(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[T
 
 def rotate_norm(x: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
     """scale * norm(rotate(x)): RoPE by halves, then QK-norm; cos and sin (..., E/2) broadcast."""
+    if torch.compiler.is_compiling():
+        x1, x2 = x.chunk(2, -1)
+        return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), -1) * (scale * inverse_rms(x)).to(x.dtype)
     return RotateNorm.apply(x, cos, sin, scale)
 
 
 def relu_squared(x: Tensor) -> Tensor:
     """relu(x)^2 (Primer, arXiv 2109.08668); keeps only its output, whose root is relu(x)."""
-    return ReluSquared.apply(x)
+    return x.clamp(min=0).square() if torch.compiler.is_compiling() else ReluSquared.apply(x)
 
 
 def mix(x: Tensor, x0: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """a * x + b * x0 with learnt scalars a, b (0-dim, fp32)."""
+    if torch.compiler.is_compiling():
+        return a.to(x.dtype) * x + b.to(x.dtype) * x0
     return Mix.apply(x, x0, a, b)
 
 
 def inverse_rms(x: Tensor) -> Tensor:
     """1 / sqrt(mean(x^2) + 2^-23) over the last axis, kept as size 1; fp32 for narrower types."""
     wide = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+    if torch.compiler.is_compiling():
+        return (x.to(wide).square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
     return size.square_().div_(x.shape[-1]).add_(NORM_EPS).rsqrt_()
 

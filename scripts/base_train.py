@@ -50,6 +50,7 @@ class Settings:
     decay_scale: float = setting(1.0, "factor on the planned weight decay")
     warmup: int = setting(40, "warm-up steps")
     warmdown: float = setting(0.65, "share of the steps in the linear warm-down")
+    speed: str = setting("", "any of compile, checkpoint, fp8, with commas")
     primer: str | None = setting(None, "lessons before the embedded corpus: smoke or cpu-demo")
     packing: str = setting("carry", "carry (split and carry) or peer (cut and discard)")
     device: str | None = setting(None, "cpu, cuda or mps (default: what there is)")
@@ -133,8 +134,7 @@ def train(cfg: Settings, rt: runtime.Runtime) -> None:
         rt.say(f"base: {P} steps of lessons, then {N} of documents")
         fixed: Iterable[Batch] = ()
         if cfg.eval_every:
-            num_rows = max(1, cfg.eval_tokens // T)
-            fixed = validation_batches(source, tok, num_rows=num_rows, **how)
+            fixed = validation_batches(source, tok, num_rows=max(1, cfg.eval_tokens // T), **how)
         run_stage(
             stage, cfg, model, optimizer, rows.batches, num_steps=P + N, accum=A,
             schedule=partial(pretraining_rates, P, N, cfg.warmup, cfg.warmdown),
