@@ -29,13 +29,19 @@ class Linear(nn.Linear):
             return F.linear(x, self.weight)
         return CastLinear.apply(x, self.weight, self.cast(x.dtype)[0])
 
+    def train(self, mode: bool = True) -> Linear:
+        self._kept = ()
+        return super().train(mode)
+
     def cast(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """(weight in `dtype`,), for 8 bits with its scale; made anew only after the weight has changed."""
         weight = self.weight
         if torch.compiler.is_compiling() or weight.is_inference():
             return self._cast(dtype)
         key = weight._version, weight.data_ptr(), dtype, weight.device
-        if not self._kept or self._kept[0] != key:
+        # torch's fused optimizers leave the version as it is: a step that begins (no gradient yet) casts anyway
+        begins = weight.grad is None and weight.requires_grad and self.training and torch.is_grad_enabled()
+        if begins or not self._kept or self._kept[0] != key:
             with torch.inference_mode(False), torch.no_grad():
                 self._kept = key, self._cast(dtype)
         return cast("tuple[Tensor, ...]", self._kept[1])

@@ -32,6 +32,7 @@ def test_bf16_equals_a_cast_at_every_use_bit_for_bit() -> None:
 
 def test_the_weight_is_cast_once_and_again_after_each_change() -> None:
     layer, x = make()
+    layer.weight.grad = torch.zeros_like(layer.weight)  # within a step: some micro-batch has been backward
     first = layer.cast(torch.bfloat16)[0]
     assert layer.cast(torch.bfloat16)[0] is first
     for change in (
@@ -42,6 +43,31 @@ def test_the_weight_is_cast_once_and_again_after_each_change() -> None:
         change()
         assert torch.equal(layer.cast(torch.bfloat16)[0], layer.weight.bfloat16())
     assert list(layer.state_dict()) == ["weight"]
+
+
+@pytest.mark.parametrize("name", ["ours", "fused"])
+def test_bf16_training_sees_every_update(name: str) -> None:
+    """Optimizers change weights in ways of their own; torch's fused one does not even raise the version."""
+    config = GPTConfig(sequence_len=16, vocab_size=64, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
+    model = GPT(config, torch.bfloat16)
+    model.init_weights(1)
+    if name == "ours":
+        optimizer = model.setup_optimizer(batch_tokens=2**14, weight_decay=0.1)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    ids = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(3):
+        for _ in range(2):
+            loss = model(ids[:, :-1], ids[:, 1:])
+            loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.01
+    model.eval()
+    for layer in (m for m in model.modules() if isinstance(m, Linear)):
+        assert torch.equal(layer.cast(torch.bfloat16)[0], layer.weight.bfloat16())
 
 
 def test_a_first_use_in_inference_mode_spoils_no_training() -> None:
