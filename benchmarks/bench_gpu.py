@@ -1,10 +1,14 @@
-"""Training on one GPU: tokens/s, MFU by both counts, peak memory, the optimizer's time, against the sum of its kernels.
+"""Training on one GPU: tokens/s, MFU by both counts, peak memory, the optimizer's time, against the sum of
+its kernels.
 
     python benchmarks/bench_gpu.py --depth=12 --speed=compile --csv=FILE
 
-A step is what fit() does: accumulated micro-batches from pinned memory, reduce, update. MFU is against the peak of the dtype in
-use and, for fp8, also as bf16-equivalent; "usual" counts windows as if not causal (6 P + 12 D sum of windows),
-"causal" counts the keys that are seen. --device=cpu with --depth=2 --width-per-layer=16 tries the script itself.
+A step is what fit() does: accumulated micro-batches from pinned memory, reduce, update. MFU is against the
+peak of the dtype in
+use and, for fp8, also as bf16-equivalent; "usual" counts windows as if not causal (6 P + 12 D sum of
+windows),
+"causal" counts the keys that are seen. --device=cpu with --depth=2 --width-per-layer=16 tries the script
+itself.
 """
 
 from __future__ import annotations
@@ -56,8 +60,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     one = args.device_batch * args.sequence_len
     batch = args.batch_tokens or max(one, min(2**19, scaling.plan(args.depth).batch_tokens))
     plan = scaling.plan(
-        args.depth, aspect=args.width_per_layer, sequence_len=args.sequence_len, device_batch=args.device_batch,
-        batch_tokens=batch // one * one, num_steps=1000,
+        args.depth, aspect=args.width_per_layer, sequence_len=args.sequence_len,
+        device_batch=args.device_batch, batch_tokens=batch // one * one, num_steps=1000,
     )  # fmt: skip
     model = models.build(GPTConfig(**plan.config()), rt, seed=1)
     optimizer = model.setup_optimizer(batch_tokens=plan.batch_tokens, weight_decay=plan.weight_decay)
@@ -67,7 +71,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     shape = plan.accum, args.device_batch, args.sequence_len + 1
     ids = torch.randint(0, plan.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     ids = ids.pin_memory() if on_gpu else ids
-    weights = torch.full((), 1 / plan.batch_tokens, device=rt.device).expand(args.device_batch, args.sequence_len)
+    weights = torch.full((), 1 / plan.batch_tokens, device=rt.device).expand(
+        args.device_batch, args.sequence_len
+    )
 
     def now() -> float:
         if on_gpu:

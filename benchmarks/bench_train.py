@@ -2,13 +2,18 @@
 
     python benchmarks/bench_train.py --depths=4,6 --dtypes=float32,bfloat16 --csv=auto
 
-Variants: `ours`; `torch`, ours without the compiled CPU kernels (what a machine without a C compiler gets); `plain`, the same
-network as a usual PyTorch loop (plain_loop.py); `plain-compiled`, that loop under torch.compile. The shape is fixed so
-that figures compare: V = 4,096, pattern L, heads of 64 channels, rows of 512 tokens, 16 rows a step, width 64 a layer;
-`demo` instead of a depth is the CPU demo's (depth 4, width 128, rows of 256, 8 rows). The floor is FLOPs per token over the
-matrix rate that this machine reaches at these sizes, measured in the same process. Each configuration runs in a process
-of its own, in turns for --rounds, and the best step counts, so that other programs disturb little; the time to the first
-step is real, compilation included.
+Variants: `ours`; `torch`, ours without the compiled CPU kernels (what a machine without a C compiler
+gets); `plain`, the same
+network as a usual PyTorch loop (plain_loop.py); `plain-compiled`, that loop under torch.compile. The shape
+is fixed so
+that figures compare: V = 4,096, pattern L, heads of 64 channels, rows of 512 tokens, 16 rows a step, width
+64 a layer;
+`demo` instead of a depth is the CPU demo's (depth 4, width 128, rows of 256, 8 rows). The floor is FLOPs
+per token over the
+matrix rate that this machine reaches at these sizes, measured in the same process. Each configuration runs
+in a process
+of its own, in turns for --rounds, and the best step counts, so that other programs disturb little; the
+time to the first step is real, compilation included.
 """
 
 from __future__ import annotations
@@ -98,7 +103,9 @@ def measure(depth: str, dtype_name: str, variant: str, steps: int) -> dict[str, 
     }
 
 
-def plain(model: Any, optimizer: Any, ids: Any, is_compiled: bool) -> tuple[Callable[[], Any], Callable[[], None]]:
+def plain(
+    model: Any, optimizer: Any, ids: Any, is_compiled: bool
+) -> tuple[Callable[[], Any], Callable[[], None]]:
     """(forward, update) of the rival loop on the same parameters."""
     import torch
     from plain_loop import PlainOptimizer, loss_of
@@ -135,7 +142,15 @@ def main() -> None:
             found: dict[str, dict[str, Any]] = {}
             for _ in range(args.rounds):
                 for variant in args.variants.split(","):
-                    command = [sys.executable, __file__, "--one", depth, dtype, variant, f"--steps={args.steps}"]
+                    command = [
+                        sys.executable,
+                        __file__,
+                        "--one",
+                        depth,
+                        dtype,
+                        variant,
+                        f"--steps={args.steps}",
+                    ]
                     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
                     if done.returncode:
                         raise SystemExit(done.stderr)

@@ -1,6 +1,8 @@
-"""The rival of bench_train.py: the same network and optimizer as plain PyTorch, the way such loops are usually written.
+"""The rival of bench_train.py: the same network and optimizer as plain PyTorch, the way such loops are
+usually written.
 
-Weights are cast at every use, norms and RoPE are separate operations, logits exist as a whole in fp32, and Muon visits one
+Weights are cast at every use, norms and RoPE are separate operations, logits exist as a whole in fp32, and
+Muon visits one
 matrix after the other. It trains the parameters of a nanochat GPT, so that both start from the same loss.
 """
 
@@ -32,7 +34,9 @@ def loss_of(model: GPT, ids: Tensor, targets: Tensor, cos: Tensor, sin: Tensor) 
 
     (B, T), E = ids.shape, cfg.n_embd // cfg.n_head
     h = norm(F.embedding(ids, model.wte.weight).to(dtype))
-    gate = model.smear_lambda.to(dtype) * torch.sigmoid(linear(h[:, 1:, :SMEAR_CHANNELS], model.smear_gate.weight))
+    gate = model.smear_lambda.to(dtype) * torch.sigmoid(
+        linear(h[:, 1:, :SMEAR_CHANNELS], model.smear_gate.weight)
+    )
     x = torch.cat((h[:, :1], h[:, 1:] + gate * h[:, :-1]), dim=1)
     x0 = middle = x
     for i, block in enumerate(model.blocks):
@@ -59,7 +63,8 @@ def loss_of(model: GPT, ids: Tensor, targets: Tensor, cos: Tensor, sin: Tensor) 
 
 
 class PlainOptimizer:
-    """Muon, one matrix after the other, and torch's AdamW, each group of its own; rates of nanochat's groups."""
+    """Muon, one matrix after the other, and torch's AdamW, each group of its own; rates of nanochat's
+    groups."""
 
     def __init__(self, groups: list[dict], dtype: torch.dtype) -> None:
         self.muon = [g for g in groups if g["kind"] == "muon"]

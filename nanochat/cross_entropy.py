@@ -1,7 +1,7 @@
 """Cross entropy of softcapped logits without ever holding all of them.
 
-Chunks of tokens; a chunk's logits become their own gradient in place, in kernels.c on a CPU, in Triton on a GPU
-(triton_loss.py), else by the PyTorch lines of `WeightedNLL`. Tests hold all three to fp64.
+Chunks of tokens; a chunk's logits become their own gradient in place, in kernels.c on a CPU, in Triton on
+a GPU (triton_loss.py), else by the PyTorch lines of `WeightedNLL`. Tests hold all three to fp64.
 
 Letters: N tokens, D width, V vocabulary (the head's table may be padded beyond it).
 """
@@ -18,13 +18,18 @@ from nanochat import native
 
 SOFTCAP = 15.0
 CHUNK_LOGITS = 1 << 24  # logits held at once on a GPU: 64 MB in fp32
-# Logits of a chunk without and with a kernel that works in place: fp32 copies should stay in a CPU's cache, while
-# a GPU's products want many rows and the head's gradient few chunks.
+# Logits of a chunk without and with a kernel that works in place: fp32 copies should stay in a CPU's
+# cache, while a GPU's products want many rows and the head's gradient few chunks.
 ON_CPU, ON_GPU = (1 << 20, 1 << 22), (CHUNK_LOGITS, 1 << 27)
 
 
 def weighted_nll(
-    hidden: Tensor, head_VD: Tensor, targets: Tensor, weights: Tensor, vocab: int, cast_VD: Tensor | None = None
+    hidden: Tensor,
+    head_VD: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    vocab: int,
+    cast_VD: Tensor | None = None,
 ) -> Tensor:
     """sum(weights * nll) over the targets that are not -1 (fp32 scalar); the gradient is made with the value.
 
@@ -44,7 +49,8 @@ def softcap(logits: Tensor) -> Tensor:
 
 
 def _kernel(hidden: Tensor) -> Callable[[Tensor, Tensor, float, bool], Tensor] | None:
-    """(logits, targets, cap, wants gradient) -> nll, the logits overwritten by their gradient; None for PyTorch."""
+    """(logits, targets, cap, wants gradient) -> nll, the logits overwritten by their gradient; None for
+    PyTorch."""
     if native.ready(hidden):
         return _native
     if hidden.device.type != "cuda" or torch.compiler.is_compiling():
@@ -57,7 +63,14 @@ def _kernel(hidden: Tensor) -> Callable[[Tensor, Tensor, float, bool], Tensor] |
 def _native(logits: Tensor, targets: Tensor, cap: float, wants_gradient: bool) -> Tensor:
     nll_N = torch.empty(len(logits), dtype=torch.float32)
     native.call(
-        "cross_entropy", logits, targets, nll_N, *logits.shape, cap, int(wants_gradient), native.is_half(logits)
+        "cross_entropy",
+        logits,
+        targets,
+        nll_N,
+        *logits.shape,
+        cap,
+        int(wants_gradient),
+        native.is_half(logits),
     )
     return nll_N
 
@@ -96,7 +109,9 @@ class WeightedNLL(torch.autograd.Function):
         grad_h = torch.empty_like(hidden_ND) if wants else None
         grad_w = torch.zeros_like(head_VD, dtype=wide) if wants else None
         kernel = _kernel(hidden_ND)
-        is_uniform = kernel is not None and weights_N.stride(0) == 0  # one weight for all: a factor at the end
+        is_uniform = (
+            kernel is not None and weights_N.stride(0) == 0
+        )  # one weight for all: a factor at the end
         ctx.factor = weights_N[0].to(wide) if is_uniform else None
         small, large = ON_CPU if hidden_ND.device.type == "cpu" else ON_GPU
         rows = max(1, (small if kernel is None else large) // vocab)

@@ -2,10 +2,12 @@
 
     fp8.convert(model)      # before training; evaluation stays in the compute dtype
 
-q = round(x * f / amax), f = 448 (e4m3) or 57,344 (e5m2), product in fp32, times amax_x amax_w / f^2. Weights are
-quantised once per optimizer step (gpt.Linear), inputs and gradients at each product. Products run in torch._scaled_mm on
-GPUs from sm_89; elsewhere the same rounding is emulated, which is exact and slow, for tests. Pays from about depth 20.
-Letters: N tokens, I and O sizes of a layer.
+q = round(x * f / amax), f = 448 (e4m3) or 57,344 (e5m2), product in fp32, times amax_x amax_w / f^2.
+Weights are
+quantised once per optimizer step (gpt.Linear), inputs and gradients at each product. Products run in
+torch._scaled_mm on
+GPUs from sm_89; elsewhere the same rounding is emulated, which is exact and slow, for tests. Pays from
+about depth 20. Letters: N tokens, I and O sizes of a layer.
 """
 
 from __future__ import annotations
@@ -43,9 +45,9 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (x.float() * scale).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype), 1 / scale
 
 
-def linear(x: Tensor, weight: Tensor, quantized: tuple[Tensor, Tensor]) -> Tensor:
-    """x (..., I) @ weight (O, I)^T through `quantized` = quantize(weight, FORWARD); the gradient goes to `weight`."""
-    y_NO = Float8Linear.apply(x.reshape(-1, x.shape[-1]), weight, *quantized)
+def linear(x: Tensor, weight: Tensor, w8_OI: Tensor, w_scale: Tensor) -> Tensor:
+    """x (..., I) @ weight (O, I)^T through quantize(weight, FORWARD); the gradient goes to `weight`."""
+    y_NO = Float8Linear.apply(x.reshape(-1, x.shape[-1]), weight, w8_OI, w_scale)
     return y_NO.view(*x.shape[:-1], -1)
 
 
@@ -66,7 +68,9 @@ class Float8Linear(torch.autograd.Function):
         return dx, dw.to(ctx.weight_dtype), None, None
 
 
-def _product(a_MK: Tensor, a_scale: Tensor, b_NK: Tensor, b_scale: Tensor, out: torch.dtype, fast: bool) -> Tensor:
+def _product(
+    a_MK: Tensor, a_scale: Tensor, b_NK: Tensor, b_scale: Tensor, out: torch.dtype, fast: bool
+) -> Tensor:
     """a @ b^T of 8-bit tensors, (M, N) in `out`; `fast` keeps fewer bits while summing (forward only)."""
     if a_MK.device.type != "cuda":
         return ((a_MK.float() @ b_NK.float().T) * (a_scale * b_scale)).to(out)
@@ -74,9 +78,7 @@ def _product(a_MK: Tensor, a_scale: Tensor, b_NK: Tensor, b_scale: Tensor, out: 
     if pad or a_MK.shape[1] % MULTIPLE:
         wide = -a_MK.shape[1] % MULTIPLE
         a_MK, b_NK = (_padded(t, rows, wide) for t, rows in ((a_MK, pad), (b_NK, 0)))
-    y = torch._scaled_mm(
-        a_MK, b_NK.T, scale_a=a_scale, scale_b=b_scale, out_dtype=out, use_fast_accum=fast
-    )
+    y = torch._scaled_mm(a_MK, b_NK.T, scale_a=a_scale, scale_b=b_scale, out_dtype=out, use_fast_accum=fast)
     return y[: len(y) - pad]
 
 
@@ -92,7 +94,8 @@ def suits(linear: nn.Linear) -> bool:
 
 
 def convert(model: nn.Module, *, emulate: bool = False) -> int:
-    """Let every suitable Linear of the blocks train in fp8 (the head stays); how many. UserError with the reason.
+    """Let every suitable Linear of the blocks train in fp8 (the head stays); how many. UserError with the
+    reason.
 
     emulate: also where no hardware does it, rounding as it would.
     """

@@ -36,7 +36,9 @@ def rotate_norm(x: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
     """scale * norm(rotate(x)): RoPE by halves, then QK-norm; cos and sin (..., E/2) broadcast."""
     if torch.compiler.is_compiling():
         x1, x2 = x.chunk(2, -1)
-        return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), -1) * (scale * inverse_rms(x)).to(x.dtype)
+        return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), -1) * (scale * inverse_rms(x)).to(
+            x.dtype
+        )
     return RotateNorm.apply(x, cos, sin, scale)
 
 
@@ -134,7 +136,16 @@ class RotateNorm(torch.autograd.Function):
         if ctx.table is not None:
             grad, dx = grad.contiguous(), torch.empty_like(y)
             native.call(
-                "rotate_norm_backward", grad, y, inverse, cos, sin, dx, _rows(y)[0], *ctx.table, native.is_half(y)
+                "rotate_norm_backward",
+                grad,
+                y,
+                inverse,
+                cos,
+                sin,
+                dx,
+                _rows(y)[0],
+                *ctx.table,
+                native.is_half(y),
             )
             return dx, None, None, None
         along = (grad * y).mean(-1, keepdim=True).div_(ctx.scale**2)
@@ -183,7 +194,9 @@ class Mix(torch.autograd.Function):
         dots_R2 = x.new_empty(rows, 2, dtype=torch.float32)
         scalars = a.item(), b.item()
         native.call("mix_backward", grad, x, x0, dx, dx0, dots_R2, *scalars, rows, size, native.is_half(x))
-        if x.dtype == torch.float32:  # often a sum of noise that AdamW scales up: the same rounding everywhere
+        if (
+            x.dtype == torch.float32
+        ):  # often a sum of noise that AdamW scales up: the same rounding everywhere
             return dx, dx0, _dot(grad, x).to(a.dtype), _dot(grad, x0).to(b.dtype)
         da, db = dots_R2.sum(0)
         return dx, dx0, da.to(a.dtype), db.to(b.dtype)

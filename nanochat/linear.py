@@ -1,4 +1,5 @@
-"""Matrix products with fp32 master weights: cast (or quantised) once per change of a weight, not once per use.
+"""Matrix products with fp32 master weights: cast (or quantised) once per change of a weight, not once per
+use.
 
 Letters: I and O sizes of a layer, ... any leading axes.
 """
@@ -24,7 +25,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.is_float8 and self.training:
-            return fp8.linear(x, self.weight, self.cast(fp8.FORWARD))
+            return fp8.linear(x, self.weight, *self.cast(fp8.FORWARD))
         if x.dtype == self.weight.dtype:
             return F.linear(x, self.weight)
         return CastLinear.apply(x, self.weight, self.cast(x.dtype)[0])
@@ -39,7 +40,8 @@ class Linear(nn.Linear):
         if torch.compiler.is_compiling() or weight.is_inference():
             return self._cast(dtype)
         key = weight._version, weight.data_ptr(), dtype, weight.device
-        # torch's fused optimizers leave the version as it is: a step that begins (no gradient yet) casts anyway
+        # torch's fused optimizers leave the version as it is: a step that begins (no gradient yet) casts
+        # anyway
         begins = weight.grad is None and weight.requires_grad and self.training and torch.is_grad_enabled()
         if begins or not self._kept or self._kept[0] != key:
             with torch.inference_mode(False), torch.no_grad():

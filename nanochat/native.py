@@ -1,11 +1,12 @@
-"""kernels.c compiled for this processor at first use, with whatever C compiler there is; or the reason why not.
+"""kernels.c compiled for this processor at first use, with whatever C compiler there is; or the reason why
+not.
 
     if native.ready(x):
         native.call("norm_forward", x, y, inverse, rows, n, eps, native.is_half(x))
 
 The library lies beside the byte code of this package (else in a temporary directory) under a name made of the
-source, the flags, the compiler and the processor, so that it is built once. Everything that calls it holds the same
-function in PyTorch for machines without a compiler. `_override = False` turns it off.
+source, the flags, the compiler and the processor, so that it is built once. Everything that calls it holds
+the same function in PyTorch for machines without a compiler. `_override = False` turns it off.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ _override: bool | None = None  # False: PyTorch alone; None: the library where i
 
 
 def ready(*tensors: Tensor) -> bool:
-    """Whether the library is here and these tensors suit it: contiguous, on the CPU, one dtype (fp32 or bf16)."""
+    """Whether the library is here and these tensors suit it: contiguous, on the CPU, one dtype (fp32 or
+    bf16)."""
     if _override is False or torch.compiler.is_compiling():
         return False
     first = tensors[0]
@@ -122,7 +124,8 @@ def _without(reason: str) -> tuple[None, str]:
 
 
 def _compile(compiler: str, path: Path) -> None:
-    """Build at a temporary name, then rename: several processes may do it at once. OSError if nothing works."""
+    """Build at a temporary name, then rename: several processes may do it at once. OSError if nothing
+    works."""
     temporary, said = path.with_name(f"{path.stem}-{os.getpid()}.tmp"), ""
     try:
         for tuning in TUNING:

@@ -207,19 +207,26 @@ def memory_bytes(
 ) -> dict[str, float]:
     """Bytes of one device in training, by use; `peak_bytes` says what of it is needed at once.
 
-    activations: what eager layers keep for their backward pass, counted by value and token (attention scores are not
-    kept on a GPU; a CPU keeps its chunks of them). With is_checkpointed only each layer's input, and one layer.
+    activations: what eager layers keep for their backward pass, counted by value and token (attention
+    scores are not
+    kept on a GPU; a CPU keeps its chunks of them). With is_checkpointed only each layer's input, and one
+    layer.
     """
     tokens, width, kv = p.device_batch * p.sequence_len, p.model_dim, p.num_kv_heads * p.head_dim
     counts = count_params(p.depth, p.model_dim, kv, p.num_kv_heads, p.vocab_size)
     matrices, linears = counts["transformer_matrices"], counts["scaling"]
     largest = max(4 * width * width * p.depth, 4.0 * width * width)  # of a stack that Muon updates at once
-    # Per token: input of mix, two norms, q, attention's output, relu^2 (4), and k, v, half of a value embedding
+    # Per token: input of mix, two norms, q, attention's output, relu^2 (4), and k, v, half of a value
+    # embedding
     layer = (9 * width + 2.5 * kv) * bytes_per_value + 4.0 * (2 + p.num_heads + p.num_kv_heads + p.num_heads)
     if on_cpu:  # copies of q, k, v by head, and the weights of attention
         layer += (width + 2 * kv + 0.6 * p.num_heads * p.sequence_len) * bytes_per_value
     ends = (4 * width) * bytes_per_value * tokens  # embeddings, smear, half-way state, the last norm
-    kept = (width * bytes_per_value * tokens * p.depth + layer * tokens) if is_checkpointed else layer * tokens * p.depth
+    kept = (
+        (width * bytes_per_value * tokens * p.depth + layer * tokens)
+        if is_checkpointed
+        else layer * tokens * p.depth
+    )
     chunk = 2.0**22 if on_cpu else 2.0**27  # logits at once, see cross_entropy.py
     logits = min(chunk, tokens * p.vocab_size) * bytes_per_value
     return {
@@ -235,16 +242,18 @@ def memory_bytes(
 
 
 def peak_bytes(memory: dict[str, float]) -> float:
-    """What is needed at once: always the first four, then the larger of the loss's moment and the update's."""
+    """What is needed at once: always the first four, then the larger of the loss's moment and the
+    update's."""
     always = sum(memory[name] for name in ("weights", "casts", "optimizer", "communication"))
     return always + max(memory["activations"] + memory["loss"], memory["gradients"] + memory["muon"])
 
 
 def largest_device_batch(p: Plan, device_bytes: float, is_checkpointed: bool = False) -> int:
-    """The largest power of two of rows (at most 64) whose peak fits 92 % of a device; 0 if one row does not."""
+    """The largest power of two of rows (at most 64) whose peak fits 92 % of a device; 0 if one row does
+    not."""
     rows = 64
-    while rows and peak_bytes(memory_bytes(replace(p, device_batch=rows), is_checkpointed=is_checkpointed)) > (
-        0.92 * device_bytes
-    ):
+    while rows and peak_bytes(
+        memory_bytes(replace(p, device_batch=rows), is_checkpointed=is_checkpointed)
+    ) > (0.92 * device_bytes):
         rows //= 2
     return rows

@@ -1,8 +1,10 @@
-"""Softcapped cross entropy on a GPU: raw logits in, their gradient out in the same memory, one Triton program a row.
+"""Softcapped cross entropy on a GPU: raw logits in, their gradient out in the same memory, one Triton
+program a row.
 
-Reads a row twice and writes it once; fp32 inside, bf16, fp16 or fp32 outside. kernels.c holds the same function for
-CPUs, with the formulas. Under TRITON_INTERPRET=1 it runs on a CPU, slowly, for tests. Imported where it is used;
-without Triton `why_not` says so.
+Reads a row twice and writes it once; fp32 inside, bf16, fp16 or fp32 outside. kernels.c holds the same
+function for
+CPUs, with the formulas. Under TRITON_INTERPRET=1 it runs on a CPU, slowly, for tests. Imported where it is
+used; without Triton `why_not` says so.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         error = probe(device, dtype)
     except Exception as problem:  # whatever a compiler raises is its reason, and is shown
         return f"its probe raised {type(problem).__name__}: {str(problem).partition(chr(10))[0]}"
-    return None if error < (1e-5 if dtype == torch.float32 else 2e-2) else f"its probe is wrong by {error:.1e}"
+    return (
+        None if error < (1e-5 if dtype == torch.float32 else 2e-2) else f"its probe is wrong by {error:.1e}"
+    )
 
 
 def probe(device: torch.device, dtype: torch.dtype) -> float:
@@ -51,11 +55,14 @@ def probe(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def in_place(logits_NV: Tensor, targets_N: Tensor, cap: float, wants_gradient: bool) -> Tensor:
-    """nll (N,) fp32 of cap tanh(logits / cap), 0 where the target is negative; logits become d nll / d logits."""
+    """nll (N,) fp32 of cap tanh(logits / cap), 0 where the target is negative; logits become d nll / d
+    logits."""
     rows, vocab = logits_NV.shape
     nll_N = torch.empty(rows, device=logits_NV.device, dtype=torch.float32)
     block = min(BLOCK, triton.next_power_of_2(vocab))
-    _kernel[(rows,)](logits_NV, targets_N, nll_N, logits_NV.stride(0), vocab, cap, wants_gradient, block, num_warps=8)
+    _kernel[(rows,)](
+        logits_NV, targets_N, nll_N, logits_NV.stride(0), vocab, cap, wants_gradient, block, num_warps=8
+    )
     return nll_N
 
 

@@ -94,7 +94,9 @@ def main(argv: list[str] | None = None) -> None:
             fits.append(f"{gigabytes} GB: {rows or 'none'} (checkpointed: {saving or 'none'})")
         lines.append(("rows", "that fit", "of a device with " + ", ".join(fits)))
         if not scaling.largest_device_batch(p, 80e9, is_checkpointed=True):
-            lines.append(("limit", "too large", "weights are whole on each device here; see docs/multinode.md"))
+            lines.append(
+                ("limit", "too large", "weights are whole on each device here; see docs/multinode.md")
+            )
         shards = scaling.num_shards(p.horizon_tokens)
         lines.append(("shards", shards, f"of ClimbMix, read once: about {shards / 10:.0f} GB of disk"))
     width = max(len(str(value)) for _, value, _ in lines[1:])

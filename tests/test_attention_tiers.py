@@ -1,4 +1,5 @@
-"""The GPU tiers' logic that needs no GPU: flex's block masks, fa3's pin, the reasons for refusing; kernels stand-ins."""
+"""The GPU tiers' logic that needs no GPU: flex's block masks, fa3's pin, the reasons for refusing; kernels
+stand-ins."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def test_flex_makes_one_mask_a_batch_of_documents(monkeypatch):
 
 
 def test_flex_attends_with_a_stand_in_for_the_compiled_kernel(monkeypatch):
-    """Layouts, GQA and alignment, through torch's uncompiled FlexAttention; gradients on a CPU it does not have."""
+    """Layouts, GQA and alignment, through torch's uncompiled FlexAttention; gradients on a CPU it does not
+    have."""
     from torch.nn.attention.flex_attention import flex_attention
 
     monkeypatch.setattr(flex, "compiled", lambda: flex_attention)

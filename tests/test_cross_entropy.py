@@ -1,4 +1,5 @@
-"""The chunked loss against the plain softmax in fp64; the Triton kernel in Triton's interpreter; its memory."""
+"""The chunked loss against the plain softmax in fp64; the Triton kernel in Triton's interpreter; its
+memory."""
 
 from __future__ import annotations
 

@@ -27,7 +27,19 @@ LAYERS = [
     {"models"},
     {"gpt", "optim", "data"},
     {"flash_attention", "tokenizer", "checkpoint", "bpe", "linear", "cross_entropy", "fused"},
-    {"chat", "scaling", "config", "runtime", "paths", "hardware", "errors", "storage", "native", "fp8", "triton_loss"},
+    {
+        "chat",
+        "scaling",
+        "config",
+        "runtime",
+        "paths",
+        "hardware",
+        "errors",
+        "storage",
+        "native",
+        "fp8",
+        "triton_loss",
+    },
 ]
 EXCEPTIONS = {("gpt", "optim")}  # GPT.setup_optimizer, inside the method
 NO_TORCH = ["chat", "scaling", "config", "paths", "errors", "storage", "checkpoint"]

@@ -31,7 +31,7 @@ def test_bf16_equals_a_cast_at_every_use_bit_for_bit() -> None:
 
 
 def test_the_weight_is_cast_once_and_again_after_each_change() -> None:
-    layer, x = make()
+    layer, _ = make()
     layer.weight.grad = torch.zeros_like(layer.weight)  # within a step: some micro-batch has been backward
     first = layer.cast(torch.bfloat16)[0]
     assert layer.cast(torch.bfloat16)[0] is first

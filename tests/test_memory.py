@@ -54,7 +54,9 @@ def test_the_peak_is_of_one_moment_and_falls_with_ranks_and_checkpointing() -> N
     plan = scaling.plan(12)
     memory = scaling.memory_bytes(plan)
     assert sum(memory.values()) > scaling.peak_bytes(memory) > memory["activations"]
-    assert scaling.peak_bytes(scaling.memory_bytes(plan, is_checkpointed=True)) < scaling.peak_bytes(memory) / 2
+    assert (
+        scaling.peak_bytes(scaling.memory_bytes(plan, is_checkpointed=True)) < scaling.peak_bytes(memory) / 2
+    )
     eight = scaling.memory_bytes(replace(plan, world_size=8))
     assert eight["optimizer"] == memory["optimizer"] / 8 and eight["communication"] > 0
 

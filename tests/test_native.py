@@ -58,7 +58,10 @@ def test_chains_and_their_gradients(name, dtype, monkeypatch):
     leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
     y, oracle = ours(leaf), plain(exact)
     assert y.dtype == dtype and worst(y.detach(), oracle.detach()) < WORST[dtype]
-    grad, oracle_grad = torch.autograd.grad(y, leaf, dy)[0], torch.autograd.grad(oracle, exact, dy.double())[0]
+    grad, oracle_grad = (
+        torch.autograd.grad(y, leaf, dy)[0],
+        torch.autograd.grad(oracle, exact, dy.double())[0],
+    )
     assert worst(grad, oracle_grad) < 2 * WORST[dtype]
     assert calls == [f"{name}_forward", f"{name}_backward"]
 

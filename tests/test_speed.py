@@ -1,4 +1,5 @@
-"""--speed: compiled and checkpointed layers equal the plain ones; no graph breaks, few graphs; the fallback."""
+"""--speed: compiled and checkpointed layers equal the plain ones; no graph breaks, few graphs; the
+fallback."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ def test_checkpointing_changes_no_gradient_and_keeps_less(monkeypatch: pytest.Mo
     kept = {}
     for is_on in (False, True):
         model.is_checkpointed, sizes = is_on, []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, s=sizes: (s.append(x.numel()), x)[1], lambda x: x
+        ):
             model(torch.zeros(2, 48, dtype=torch.long), torch.zeros(2, 48, dtype=torch.long))
         kept[is_on] = sum(sizes)
     assert kept[True] < kept[False] / 2
@@ -78,4 +81,6 @@ def test_what_cannot_be_had_is_said(monkeypatch: pytest.MonkeyPatch, capsys) -> 
     monkeypatch.setattr(speed.shutil, "which", lambda name: None)
     model = make()
     speed.apply(model, "compile", RT)
-    assert not model.is_compiled and "not compiled, because there is no C++ compiler" in capsys.readouterr().out
+    assert (
+        not model.is_compiled and "not compiled, because there is no C++ compiler" in capsys.readouterr().out
+    )

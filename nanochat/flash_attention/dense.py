@@ -1,11 +1,15 @@
 """Training attention on a CPU: chunks of queries as three plain matrix products around kernels.c's softmax.
 
-torch's fused CPU kernel spends most of its time outside the matrix unit. Here a chunk of queries multiplies all keys that
-it can see in one batched product, the softmax is one pass in place, and the weights P are kept for the backward pass
-where they are small (KEEP_BYTES), else made again. A window or a document is a pair of numbers for each query, never
+torch's fused CPU kernel spends most of its time outside the matrix unit. Here a chunk of queries
+multiplies all keys that
+it can see in one batched product, the softmax is one pass in place, and the weights P are kept for the
+backward pass
+where they are small (KEEP_BYTES), else made again. A window or a document is a pair of numbers for each
+query, never
 a mask. Scores are rounded to the dtype of q, as in any unfused attention. The sdpa tier calls this.
 
-Letters: B rows, T queries, S keys, H query heads, K key/value heads, G = H / K, C queries of a chunk, E head size.
+Letters: B rows, T queries, S keys, H query heads, K key/value heads, G = H / K, C queries of a chunk, E
+head size.
 """
 
 from __future__ import annotations
@@ -25,7 +29,8 @@ KEEP_BYTES = 64 << 20  # of P in one call
 
 
 def suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether this path trains here: a CPU with the compiled kernels, gradients wanted, more than one query."""
+    """Whether this path trains here: a CPU with the compiled kernels, gradients wanted, more than one
+    query."""
     wants = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     return wants and q.shape[1] > 1 and native.ready(q[:1, :1, :1, :1].contiguous())
 
@@ -40,7 +45,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, left: int, right: int, doc_start_BT:
 
 class Dense(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, left: int, right: int, doc_start_BT: Docs) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, left: int, right: int, doc_start_BT: Docs
+    ) -> Tensor:
         B, T, H, E = q.shape
         S, K = k.shape[1:3]
         starts = None if doc_start_BT is None else doc_start_BT.to(torch.int32).contiguous()
@@ -96,7 +103,15 @@ def _starts(starts_BT: Docs, queries: slice, keys: slice) -> Docs:
 
 
 def _softmax(
-    x: Tensor, B: int, E: int, C: int, past: int, left: int, right: int, starts_BC: Docs, p: Tensor | None = None
+    x: Tensor,
+    B: int,
+    E: int,
+    C: int,
+    past: int,
+    left: int,
+    right: int,
+    starts_BC: Docs,
+    p: Tensor | None = None,
 ) -> Tensor:
     """Scores (B * K, G * C, keys) -> P; with P given, the gradient of P -> that of the scores. In place."""
     rows, num_keys = x.shape[0] * x.shape[1], x.shape[2]

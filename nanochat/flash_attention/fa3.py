@@ -1,10 +1,13 @@
-"""FlashAttention-3 (Hopper, sm_90): a binary from the kernel hub, taken only from a recorded revision and content hash.
+"""FlashAttention-3 (Hopper, sm_90): a binary from the kernel hub, taken only from a recorded revision and
+content hash.
 
-No pin is known to this repository yet, so the tier refuses until somebody records one on a machine that reaches the hub:
+No pin is known to this repository yet, so the tier refuses until somebody records one on a machine that
+reaches the hub:
 
     python -m nanochat.flash_attention.fa3 REVISION      # 40 hex digits of a commit
 
-which downloads that revision, hashes every file of it and writes fa3.json beside this file. From then on a kernel of other
+which downloads that revision, hashes every file of it and writes fa3.json beside this file. From then on a
+kernel of other
 content is refused. Training, prefill, decoding and paged decoding run here; packed documents go to sdpa.
 
 Letters: B rows, T queries, S keys, H query heads, K key/value heads, E head size.
@@ -38,7 +41,9 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.bfloat16, torch.float16):
         return "it computes in bf16 and fp16 only"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
-        return "its kernel is for sm_90, this GPU is sm_{}{}".format(*torch.cuda.get_device_capability(device))
+        return "its kernel is for sm_90, this GPU is sm_{}{}".format(
+            *torch.cuda.get_device_capability(device)
+        )
     if not PIN.exists():
         return f"no revision is pinned ({COMMAND} records one)"
     try:
@@ -50,7 +55,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def kernel() -> Any:
-    """The kernel's module, after its files have been compared with the pin. Raises UserError if they differ."""
+    """The kernel's module, after its files have been compared with the pin. Raises UserError if they
+    differ."""
     import kernels
 
     pin = json.loads(PIN.read_text(encoding="utf-8"))
@@ -81,7 +87,9 @@ def record(revision: str) -> None:
     import kernels
 
     folder = Path(kernels.install_kernel(REPOSITORY, revision=revision))
-    PIN.write_text(json.dumps({"revision": revision, "sha256": digest(folder)}, indent=1) + "\n", encoding="utf-8")
+    PIN.write_text(
+        json.dumps({"revision": revision, "sha256": digest(folder)}, indent=1) + "\n", encoding="utf-8"
+    )
     print(f"{REPOSITORY} {revision} is pinned in {PIN.name}")
 
 

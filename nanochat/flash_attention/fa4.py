@@ -1,6 +1,7 @@
 """FlashAttention-4 (CuTe DSL, compiled at first use): Hopper and Blackwell, from the package flash-attn-4.
 
-The package has pre-releases only, so this tier takes the one it was written for and refuses others by name. Training
+The package has pre-releases only, so this tier takes the one it was written for and refuses others by
+name. Training
 and prefill run here; packed documents, head sizes that the kernel lacks and decoding go to sdpa.
 
 Letters: B rows, T queries, S keys, H query heads, K key/value heads, E head size.

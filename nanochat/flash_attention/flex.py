@@ -1,8 +1,10 @@
-"""The tier for any CUDA GPU with Triton: torch's FlexAttention, compiled, which skips blocks outside a window.
+"""The tier for any CUDA GPU with Triton: torch's FlexAttention, compiled, which skips blocks outside a
+window.
 
-Windows and packed documents are block masks: of a row of 2,048 queries with a window of 512 it computes about a third of
-the blocks and masks only those on the border. Full causal attention without documents is sdpa's fused call already, and
-decoding is left to sdpa: both would only add a compilation.
+Windows and packed documents are block masks: of a row of 2,048 queries with a window of 512 it computes
+about a third of
+the blocks and masks only those on the border. Full causal attention without documents is sdpa's fused call
+already, and decoding is left to sdpa: both would only add a compilation.
 
 Letters: B rows, T queries, S keys, H query heads, K key/value heads, E head size.
 """
@@ -62,7 +64,8 @@ def compiled() -> Callable[..., Any]:
 
 
 def visible(past: int, left: Limit, right: Limit, doc_start_BT: Docs) -> Callable[..., Tensor]:
-    """The mask as FlexAttention asks for it: (row, head, query, key) -> may attend; query 0 stands at `past`."""
+    """The mask as FlexAttention asks for it: (row, head, query, key) -> may attend; query 0 stands at
+    `past`."""
 
     def may_attend(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
         seen = t >= 0

@@ -2,8 +2,10 @@
 
 Each unit (one shape of Muon matrices, one large AdamW tensor, or the small AdamW tensors of a group) goes
 through reduce -> update -> gather. One process, gloo and NCCL share the path; alone, a unit works on the
-parameters and their gradients directly and needs no buffers. With several ranks the last backward pass of a step starts
-each unit's reduction as soon as its gradients are complete (`overlap`). Left out: gathers under the next forward.
+parameters and their gradients directly and needs no buffers. With several ranks the last backward pass of
+a step starts
+each unit's reduction as soon as its gradients are complete (`overlap`). Left out: gathers under the next
+forward.
 """
 
 import itertools
@@ -226,17 +228,20 @@ class MuonAdamW(torch.optim.Optimizer):
         self.units = sorted(units, key=lambda unit: -unit.numel)  # the longest transfers start first
         self.is_reduced = False
         self.is_overlapping, self.is_ordered = False, False
-        self.completed: list[Unit] = []  # units in the order in which the first overlapped pass completed them
+        self.completed: list[
+            Unit
+        ] = []  # units in the order in which the first overlapped pass completed them
         if self.ranks.size > 1:
             for unit in self.units:
                 for p in unit.params:
                     p.register_post_accumulate_grad_hook(lambda p, unit=unit: self._arrived(unit))
 
     def overlap(self) -> None:
-        """Call before the last backward pass of a step: reductions then start while it runs; reduce() ends them.
+        """Call before the last backward pass of a step: reductions then start while it runs; reduce() ends
+        them.
 
-        The order of collectives must be the same on all ranks: a unit waits for those before it, in an order that
-        rank 0 observes in the first such pass. Nothing to do for one process.
+        The order of collectives must be the same on all ranks: a unit waits for those before it, in an
+        order that rank 0 observes in the first such pass. Nothing to do for one process.
         """
         self.is_overlapping = self.ranks.size > 1
         for unit in self.units:

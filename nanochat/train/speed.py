@@ -1,11 +1,11 @@
 """Ways to trade set-up time, memory or rounding for speed: --speed=compile,checkpoint,fp8 of base_train.
 
     compile     each layer through torch.compile (two to four graphs, not one per layer); pays on GPUs
-    checkpoint  a layer's activations are computed again in the backward pass: about a third more work, far less memory
-    fp8         linear layers in 8 bits (sm_89 and later); pays from about depth 20
+    checkpoint  a layer's activations are computed again in the backward pass: about a third more work, far
+    less memory fp8         linear layers in 8 bits (sm_89 and later); pays from about depth 20
 
-What cannot be had here is said with its reason: compile falls back to eager, fp8 is an error, since it is asked for by name
-and changes results.
+What cannot be had here is said with its reason: compile falls back to eager, fp8 is an error, since it is
+asked for by name and changes results.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ KINDS = ("compile", "checkpoint", "fp8")
 
 
 def apply(model: Any, speed: str, rt: Runtime, backend: str = "inductor") -> None:
-    """Prepare `model` as `speed` says (names of KINDS with commas, "" for none). Raises UserError for others."""
+    """Prepare `model` as `speed` says (names of KINDS with commas, "" for none). Raises UserError for
+    others."""
     chosen = [name for name in speed.split(",") if name]
     if wrong := sorted(set(chosen) - set(KINDS)):
-        raise UserError(f"--speed knows {', '.join(KINDS)}, found {', '.join(wrong)}", "leave --speed out for none")
+        raise UserError(
+            f"--speed knows {', '.join(KINDS)}, found {', '.join(wrong)}", "leave --speed out for none"
+        )
     model.is_checkpointed = "checkpoint" in chosen
     if "fp8" in chosen:
         rt.say(f"speed: {fp8.convert(model)} linear layers train in fp8")

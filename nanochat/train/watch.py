@@ -1,8 +1,9 @@
 """Who stopped answering: each rank notes its step where all can read it; a failed collective then has a name.
 
-A rank that dies or hangs shows on the others as a broken connection or a timeout (Runtime's, 300 s) in whatever they were
-waiting for, which names nobody. So every rank writes what it is about to do into the store of the process group, and
-one that sees a collective fail reads who is behind. Nothing happens in a world of one.
+A rank that dies or hangs shows on the others as a broken connection or a timeout (Runtime's, 300 s) in
+whatever they were
+waiting for, which names nobody. So every rank writes what it is about to do into the store of the process
+group, and one that sees a collective fail reads who is behind. Nothing happens in a world of one.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class Watch:
             raise UserError(problem, f"look at its output; here: {str(error).splitlines()[0]}") from error
 
     def behind(self) -> str:
-        """A sentence about the ranks that have not come as far as this one, as far as their marks can be read."""
+        """A sentence about the ranks that have not come as far as this one, as far as their marks can be
+        read."""
         late, unread = [], []
         for rank in range(self.rt.world_size):
             if rank == self.rt.rank:

@@ -1,4 +1,5 @@
-"""Kernels of a training step on the GPU that is here: the loss in Triton, fp8 products, compiled layers, memory."""
+"""Kernels of a training step on the GPU that is here: the loss in Triton, fp8 products, compiled layers,
+memory."""
 
 from __future__ import annotations
 
@@ -56,7 +57,9 @@ def test_fp8_products_equal_their_emulation():
         layer.to(place).is_float8 = True
         leaf = x.to(place, torch.bfloat16).requires_grad_()
         y = layer(leaf)
-        results.append([t.float().cpu() for t in (y.detach(), *torch.autograd.grad(y, (leaf, layer.weight), dy.to(y)))])
+        results.append(
+            [t.float().cpu() for t in (y.detach(), *torch.autograd.grad(y, (leaf, layer.weight), dy.to(y)))]
+        )
     for gpu, cpu in zip(*results):
         assert float((gpu - cpu).abs().max() / cpu.abs().max()) < 2e-2
 
