@@ -1,7 +1,7 @@
 """Training on one GPU: tokens/s, MFU by both counts, peak memory, the optimizer's time, against the sum of
 its kernels.
 
-    python benchmarks/bench_gpu.py --depth=12 --speed=compile --csv=FILE
+    python -m benchmarks.bench_gpu --depth=12 --speed=compile --csv=FILE
 
 A step is what fit() does: accumulated micro-batches from pinned memory, reduce, update. MFU is against the
 peak of the dtype in
@@ -15,12 +15,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-import sys
 import time
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 

@@ -1,6 +1,6 @@
 """The optimizer's step: ours against one that visits each matrix by itself, and its products' share.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_optim.py --depths=4,6 --csv=auto
+    OMP_NUM_THREADS=1 python -m benchmarks.bench_optim --depths=4,6 --csv=auto
 
 Both update the parameters of the same model with random gradients, in turns in one process; the best of
 --repeats counts. The floor
@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import argparse
 import csv
-import sys
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-
 import torch
-from bench_train import record_path
-from plain_loop import PlainOptimizer
 
+from benchmarks.bench_train import record_path
+from benchmarks.plain_loop import PlainOptimizer
 from nanochat import hardware, runtime, scaling
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim.muon import POLAR_EXPRESS
@@ -64,7 +61,8 @@ def measure(
     rate = hardware.peak_flops(torch.device(device), dtype)
     floor = muon_flops(model) / rate if rate else float("nan")
     return [
-        {"device": device, "depth": depth, "width": plan.model_dim, "dtype": str(dtype).removeprefix("torch."),
+        {"device": device, "depth": depth, "width": plan.model_dim,
+         "dtype": str(dtype).removeprefix("torch."),
          "variant": name, "threads": torch.get_num_threads(), "step_ms": round(1e3 * seconds, 2),
          "floor_ms": round(1e3 * floor, 2), "times_plain": round(best["plain"] / seconds, 2)}
         for name, seconds in best.items()

@@ -6,18 +6,18 @@ torchrun --standalone --nproc_per_node=8 -m scripts.base_train --preset=speedrun
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from nanochat import config, errors, models, runtime, scaling
 from nanochat.config import setting
-from nanochat.data.loader import Batch, DocumentBatches, validation_batches
+from nanochat.data.loader import DocumentBatches, validation_batches
 from nanochat.data.primer import Primed
 from nanochat.data.sources import open_source
 from nanochat.eval.bpb import evaluate_bpb
 from nanochat.gpt import GPTConfig
+from nanochat.optim.groups import LM_HEAD_EPS
 from nanochat.paths import Home
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.hooks import evaluation, samples
@@ -47,6 +47,9 @@ class Settings:
     lr_scale: float = setting(1.0, "factor on the learning rates that follow the batch")
     smear: float = setting(0.0, "what the scalar of smear begins with")
     smear_lr: float = setting(0.2, "learning rate of the scalars of smear and backout")
+    lm_head_eps: float = setting(
+        LM_HEAD_EPS, "epsilon of Adam for lm_head (rare tokens need about 0.02/batch)"
+    )
     decay_scale: float = setting(1.0, "factor on the planned weight decay")
     warmup: int = setting(40, "warm-up steps")
     warmdown: float = setting(0.65, "share of the steps in the linear warm-down")
@@ -73,12 +76,13 @@ def _preset(name: str, **more: Any) -> Settings:
     return Settings(**shape, **more)
 
 
-FAST = {"lr_scale": 7.0, "decay_scale": 0.3, "smear": 3.0, "smear_lr": 0.01, "primer": "cpu-demo"}
+RECIPE = ("lr_scale", "smear_lr", "lm_head_eps")  # what later stages need to know
+FAST = {"lr_scale": 7.0, "lm_head_eps": 1e-5, "decay_scale": 0.3, "smear": 3.0, "smear_lr": 0.01}
 HUB = "hub:karpathy/climbmix-400b-shuffle"
 PRESETS = {
     "smoke": _preset("smoke", lr_scale=4.0, primer="smoke", eval_every=5, eval_tokens=4096, save_every=5,
                      warmup=2, sample_every=10),
-    "cpu-demo": _preset("cpu-demo", eval_every=250, eval_tokens=65536, save_every=250, **FAST),
+    "cpu-demo": _preset("cpu-demo", primer="cpu-demo", eval_tokens=65536, save_every=250, **FAST),
     "single-gpu": _preset("single-gpu", data=HUB),
     "speedrun": _preset("speedrun", data=HUB),
 }  # fmt: skip
@@ -107,8 +111,7 @@ def train(cfg: Settings, rt: runtime.Runtime) -> None:
         )  # fmt: skip
         shape = GPTConfig(**plan.config())
     except ValueError as error:
-        hint = "change that flag; python -m scripts.plan shows what follows"
-        raise errors.UserError(str(error), hint) from error
+        raise errors.UserError(str(error), "change that flag; see python -m scripts.plan") from error
     whole_hub = cfg.data.split("@")[0] == HUB and cfg.data.count(":") == 1  # no pattern that chooses shards
     num_shards = scaling.num_shards(plan.horizon_tokens, cfg.packing) if whole_hub else None
     source = open_source(
@@ -124,23 +127,21 @@ def train(cfg: Settings, rt: runtime.Runtime) -> None:
         model = models.build(shape, rt, cfg.seed, cfg.smear)
         optimizer = model.setup_optimizer(
             batch_tokens=plan.batch_tokens, lr_scale=cfg.lr_scale, smear_backout_lr=cfg.smear_lr,
-            weight_decay=plan.weight_decay * cfg.decay_scale / cfg.lr_scale,
+            weight_decay=plan.weight_decay * cfg.decay_scale / cfg.lr_scale, lm_head_eps=cfg.lm_head_eps,
         )  # fmt: skip
         T, B, N, A = cfg.sequence_len, cfg.device_batch, plan.num_steps, plan.accum
-        how: dict[str, Any] = {"sequence_len": T, "device_batch": B, "rt": rt}
+        how: Any = {"sequence_len": T, "device_batch": B, "rt": rt}
         batches = partial(DocumentBatches, source, tok, policy=cfg.packing, accum=A, **how)
         rows = Primed(lessons, batches, tok, seed=cfg.seed, accum=A, **how)
-        P = rows.num_primer_steps
-        rt.say(f"base: {P} steps of lessons, then {N} of documents")
-        fixed: Iterable[Batch] = ()
-        if cfg.eval_every:
-            fixed = validation_batches(source, tok, num_rows=max(1, cfg.eval_tokens // T), **how)
+        rt.say(f"base: {rows.num_primer_steps} steps of lessons, then {N} of documents")
+        num_rows = cfg.eval_every and max(1, cfg.eval_tokens // T)
+        fixed = validation_batches(source, tok, num_rows=num_rows, **how) if num_rows else ()
         run_stage(
-            stage, cfg, model, optimizer, rows.batches, num_steps=P + N, accum=A,
-            schedule=partial(pretraining_rates, P, N, cfg.warmup, cfg.warmdown),
+            stage, cfg, model, optimizer, rows.batches, num_steps=rows.num_primer_steps + N, accum=A,
+            schedule=partial(pretraining_rates, rows.num_primer_steps, N, cfg.warmup, cfg.warmdown),
             evaluate=evaluation("val_bpb", lambda: evaluate_bpb(model, fixed, tok.token_bytes(), rt), rt),
             sample=samples(model, tok, PROMPTS, rt), flops_per_token=model.estimate_flops(),
-            recipe={"batch_tokens": plan.batch_tokens, "lr_scale": cfg.lr_scale, "smear_lr": cfg.smear_lr},
+            recipe={"batch_tokens": plan.batch_tokens} | {name: getattr(cfg, name) for name in RECIPE},
             result={"plan": plan.to_dict(), "params": model.num_scaling_params()},
         )  # fmt: skip
 

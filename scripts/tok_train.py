@@ -11,7 +11,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from nanochat import config, errors, scaling
@@ -56,22 +58,37 @@ class Feed:
         self.source, self.cfg = source, cfg
         self.documents = self.chars = self.bytes = 0
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Any]:
+        """Arrow arrays of strings."""
         bar = Bar("counting", self.cfg.max_chars)
         try:
-            for text, cursor in self.source.documents("train"):
-                epoch = cursor.get("at", [0])[0]  # only finite sources have epochs
+            for block in self.source.blocks("train"):
+                epoch = block.cursor(0).get("at", [0])[0]  # only finite sources have epochs
                 if self.chars >= self.cfg.max_chars or epoch > 0:
                     break
-                text = text[: min(self.cfg.doc_cap, self.cfg.max_chars - self.chars)]
-                self.documents += 1
-                self.chars += len(text)
-                self.bytes += len(text.encode("utf-8", "replace"))
-                yield text
+                if block.dtype is not None:
+                    raise errors.UserError(f"{self.cfg.data} holds tokens, not text", "give their source")
+                yield self.counted(block.array)
                 share = f"{self.chars / 1e6:.1f} of at most {self.cfg.max_chars / 1e6:g} M characters"
                 bar.show(self.chars, f"{share}, {self.bytes / 1e6 / bar.seconds():.1f} MB/s")
         finally:
             bar.close()
+
+    def counted(self, array: Any) -> Any:
+        """The part of `array` that is within the limits."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        array = pc.utf8_slice_codeunits(array, 0, self.cfg.doc_cap)
+        ends = self.chars + np.cumsum(pc.utf8_length(array).to_numpy(zero_copy_only=False))
+        within = int(np.searchsorted(ends, self.cfg.max_chars, side="right"))
+        if within < len(array):  # the first document beyond the limit is cut
+            room = self.cfg.max_chars - (int(ends[within - 1]) if within else self.chars)
+            last = pc.utf8_slice_codeunits(array[within : within + min(room, 1)], 0, room)
+            array, ends[-1] = pa.concat_arrays([array[:within], last]), self.cfg.max_chars
+        self.documents, self.chars = self.documents + len(array), int(ends[-1])
+        self.bytes += int(pc.sum(pc.binary_length(array)).as_py())
+        return array
 
 
 def main(argv: list[str] | None = None) -> None:

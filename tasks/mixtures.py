@@ -24,21 +24,25 @@ PRESETS = (*EMBEDDED, "single-gpu", "speedrun")
 # The embedded lessons, in order: (conversations of the cpu-demo, per cent of each kind). Looking things up
 # comes before the documents (primer) and on the way to multiple choice (mid): docs/decisions.md 33.
 LESSONS: dict[str, list[tuple[int, dict[str, int]]]] = {
-    "primer": [(4000, {"reorder": 100}), (11500, {"reorder": 50, "lookup": 50})],
+    "primer": [
+        (4000, {"reorder": 100}),
+        (10000, {"reorder": 50, "lookup": 50}),
+        (3000, {"copy": 70, "lookup": 30}),
+    ],
     "mid": [
         (2600, {"reorder": 50, "lookup": 50}),
         (6000, {"reorder": 15, "copy": 5, "lookup": 25, "quiz": 35, "facts": 20}),
-        (9200, {"reorder": 5, "far_lookup": 45, "far_quiz": 40, "choice": 10}),
-        (15000, {
-            "far_quiz": 12, "far_lookup": 5, "reorder": 3, "copy": 6, "choice": 20, "facts": 13,
-            "letters": 15, "arithmetic": 10, "identity": 6, "smalltalk": 1, "unknown": 2,
-            "recall": 2, "spelling": 2, "story": 1, "mixed": 2,
+        (8500, {"reorder": 5, "far_lookup": 45, "far_quiz": 40, "choice": 10}),
+        (14000, {
+            "far_quiz": 11, "far_lookup": 4, "reorder": 2, "copy": 5, "choice": 18, "facts": 13,
+            "letters": 13, "arithmetic": 14, "identity": 8, "smalltalk": 1, "unknown": 2,
+            "recall": 2, "spelling": 2, "story": 3, "mixed": 2,
         }),
     ],
     "sft": [
-        (18000, {
-            "far_quiz": 8, "choice": 18, "copy": 4, "facts": 18, "letters": 17, "arithmetic": 12,
-            "identity": 11, "smalltalk": 3, "unknown": 2, "recall": 2, "spelling": 2, "story": 1, "mixed": 2,
+        (17000, {
+            "far_quiz": 6, "choice": 16, "copy": 4, "facts": 18, "letters": 14, "arithmetic": 16,
+            "identity": 13, "smalltalk": 3, "unknown": 2, "recall": 2, "spelling": 2, "story": 2, "mixed": 2,
         }),
     ],
 }  # fmt: skip

@@ -307,6 +307,7 @@ def test_groups_follow_the_table():
         assert by_name[name]["lr"] == by_name[name]["initial_lr"] == pytest.approx(lr)
         assert by_name[name]["weight_decay"] == wd
     assert by_name["transformer.wte.weight"]["betas"] == (0.8, 0.995)
+    assert by_name["lm_head.weight"].get("eps", 1e-10) == 1e-10
     assert by_name["x0_lambdas"]["betas"] == (0.96, 0.95)
     muon_group = by_name["transformer.h.0.mlp.c_fc.weight"]
     assert muon_group["kind"] == "muon" and muon_group["ns_dtype"] == torch.bfloat16
@@ -315,6 +316,25 @@ def test_groups_follow_the_table():
         param_groups([("extra.weight", torch.zeros(2, 2))], **common)
     with pytest.raises(ValueError, match="embed_lr"):
         param_groups(params.items(), embed_lr=0.1, **common)
+
+
+def test_epsilon_of_lm_head_keeps_rows_of_rare_tokens_where_they_are():
+    """A row that is pushed down by 1e-8 at every step sinks at the full rate without it."""
+    moved = {}
+    for eps in (1e-10, 1e-5):
+        params = make_params()
+        groups = param_groups(
+            params.items(), model_dim=192, batch_tokens=2**17, weight_decay=0.0, lm_head_eps=eps
+        )
+        assert [g["eps"] for g in groups if "eps" in g] == [eps]
+        optimizer, weight = MuonAdamW(groups), params["lm_head.weight"]
+        before = weight.detach().clone()
+        for _ in range(20):
+            weight.grad = torch.full_like(weight, 1e-8)
+            optimizer.step()
+        (lr,) = (g["lr"] for g in groups if "eps" in g)
+        moved[eps] = ((before - weight).abs().max() / lr).item()
+    assert moved[1e-10] > 15 and moved[1e-5] < 0.1
 
 
 def test_bad_groups_are_refused():

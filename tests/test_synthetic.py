@@ -25,7 +25,7 @@ from tasks.custom import check_messages
 from tasks.synthetic import has_word, heldout_lines
 
 # What the generator gave when the held-out sets were made.
-DIGEST = "0c9b57231a27f5531f9fc78ad7576e64ef3f3c04d355838ed79bd3f272370ca8"
+DIGEST = "7bf20264e36915bb5a7888242e01efcc099c1aa93e2b5331e282dc40ce6f9980"
 NANOCHAT_MIXED = 0x5B076B6DDE40A774
 NUM_DOCUMENTS = 6000
 NUM_CONVERSATIONS = 800
@@ -112,7 +112,7 @@ def test_text_is_clean() -> None:
     ):
         assert not re.search(r"[{}<>@]|  | [.,?!]|\.\.|=>|\?\.|[a-z]\.[A-Z]", text.replace("= ?", "")), text
         assert not re.search(
-            r"(?<!letter )(?<!many )\b[Aa] [aeio]|\b[Aa]n (?!hour)[b-df-hj-np-tv-z]", text
+            r"(?<!letter )(?<!many )\b[Aa] (?!in\b)[aeio]|\b[Aa]n (?!hour)[b-df-hj-np-tv-z]", text
         ), text
         assert text == text.strip() and text
 

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 import rustbpe
 from nanochat import chat, tokenizer
+from nanochat.data.sources import open_source
 from nanochat.errors import UserError
 from nanochat.paths import Home, read_json
 from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
-from scripts import tok_eval, tok_train
+from scripts import tok_eval, tok_shards, tok_train
 
 CORPUS = ["the cat sat on the mat, 1234 times; naïve 東京 🎈\n" * 4, "def f(x):\n    return x + 1\n" * 4]
 
@@ -248,6 +249,32 @@ def test_training_script(home: Path, capsys: pytest.CaptureFixture[str]) -> None
     for wrong in ("--vocab-size=264", "--max-chars=0", "--doc-cap=0"):
         with pytest.raises(UserError, match="must be positive"):
             tok_train.main([*argv, wrong])
+
+
+@pytest.mark.parametrize("max_chars", [1, 700, 1234, 40_000])
+def test_what_is_trained_on_ends_at_the_limits(max_chars: int) -> None:
+    feed = tok_train.Feed(
+        open_source("synthetic", home=Home.find(), seed=3),
+        tok_train.Settings(max_chars=max_chars, doc_cap=100),
+    )
+    fed = [text for array in feed for text in array.to_pylist()]
+    wanted: list[str] = []
+    for text, _ in open_source("synthetic", home=Home.find(), seed=3).documents("train"):
+        left = max_chars - len("".join(wanted))
+        if not left:
+            break
+        wanted.append(text[: min(100, left)])
+    assert fed == wanted
+    assert (feed.documents, feed.chars) == (len(wanted), max_chars)
+    assert feed.bytes == len("".join(wanted).encode())
+
+
+def test_tokens_are_no_text_to_train_on(tmp_path: Path) -> None:
+    tok_train.main(["--preset=smoke", "--max-chars=20000", "--vocab-size=300"])
+    (tmp_path / "book.txt").write_text("\n\n".join(f"Paragraph {i}." for i in range(400)))
+    tok_shards.main([f"--data=text:{tmp_path / 'book.txt'}", f"--out={tmp_path / 'tokens'}"])
+    with pytest.raises(UserError, match="holds tokens, not text"):
+        tok_train.main([f"--data=tokens:{tmp_path / 'tokens'}", "--tag=other"])
 
 
 def test_a_short_text_is_read_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ through; the documents follow without end. docs/decisions.md says why lessons co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any
 
@@ -16,10 +16,10 @@ LESSONS = "lessons"  # the cursor's key while the lessons last
 
 
 class Primed:
-    """`batches(cursor)` resumes anywhere. `num_primer_steps` is 0 without lessons."""
+    """`lessons`: a task or None. `batches(cursor)` resumes anywhere; num_primer_steps: 0 if None."""
 
     def __init__(
-        self, lessons: Sequence[Any] | None, documents: Callable[..., Any], tok: Any, *,
+        self, lessons: Any, documents: Callable[..., Any], tok: Any, *,
         sequence_len: int, device_batch: int, rt: Any, seed: int, accum: int,
     ) -> None:  # fmt: skip
         self._lessons, self._documents, self._tok = lessons, documents, tok
@@ -33,7 +33,6 @@ class Primed:
             first.close()
 
     def _conversations(self, cursor: dict[str, Any] | None) -> ConversationBatches:
-        assert self._lessons is not None
         return ConversationBatches(
             self._lessons, self._tok, rows_per_step=self._rows_per_step, cursor=cursor, **self._shape
         )

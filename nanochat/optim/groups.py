@@ -11,6 +11,7 @@ import torch
 
 REFERENCE_DIM = 768
 REFERENCE_BATCH_TOKENS = 2**19
+LM_HEAD_EPS = 1e-10
 
 
 class Rule(NamedTuple):
@@ -43,9 +44,13 @@ def param_groups(
     weight_decay: float,
     ns_dtype: torch.dtype = torch.float32,
     lr_scale: float = 1.0,
+    lm_head_eps: float = LM_HEAD_EPS,
     **rates: float,
 ) -> list[dict[str, Any]]:
     """Groups for MuonAdamW; `weight_decay` is Muon's, `rates` replace the table's (wte_lr=0.2, ...).
+
+    `lm_head_eps` is Adam's epsilon for lm_head. A target pulls its row with about 1/B_tok; without an epsilon
+    near that, rows of rare tokens, pushed down a little at every step, sink at the full rate (decisions, 37).
 
     `lr_scale` corrects the factor b, so it multiplies only the rates that have it: the scalars of smear and
     backout keep theirs, whatever the batch.
@@ -70,12 +75,15 @@ def param_groups(
         raise ValueError(f"no optimizer rule for {', '.join(unknown)}; add one to nanochat/optim/groups.py")
     b = lr_scale * (batch_tokens / REFERENCE_BATCH_TOKENS) ** 0.5
     factors = {"a": (model_dim / REFERENCE_DIM) ** -0.5, "b": b}
-    muon_options = {"weight_decay": weight_decay, "ns_dtype": ns_dtype}
+    own: dict[str, dict[str, Any]] = {
+        "lm_head_lr": {"eps": lm_head_eps},
+        "matrix_lr": {"weight_decay": weight_decay, "ns_dtype": ns_dtype},
+    }
     groups = []
     for rule in RULES:
         lr = rates.get(rule.rate, rule.lr)
         for scale in rule.scales:
             lr *= factors[scale]
         group = {"kind": "adamw", "params": members[rule.rate], "lr": lr, "initial_lr": lr, **rule.options}
-        groups.append(group | muon_options if group["kind"] == "muon" else group)
+        groups.append(group | own.get(rule.rate, {}))
     return [group for group in groups if group["params"]]

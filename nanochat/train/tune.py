@@ -14,6 +14,7 @@ from nanochat.errors import UserError
 from nanochat.eval.bpb import evaluate_loss
 from nanochat.gpt import GPTConfig
 from nanochat.models import build, check_tokenizer
+from nanochat.optim.groups import LM_HEAD_EPS
 from nanochat.paths import Home
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
@@ -104,7 +105,8 @@ def tune(recipe: Recipe, cfg: Any, rt: Runtime, task: Rows, prompts: tuple[str, 
         lr_scale = cfg.lr_scale * base["lr_scale"]
         optimizer = model.setup_optimizer(
             batch_tokens=base["batch_tokens"], weight_decay=0.0, lr_scale=lr_scale,
-            smear_backout_lr=base.get("smear_lr", SMEAR_LR), **recipe.rates,
+            smear_backout_lr=base.get("smear_lr", SMEAR_LR),
+            lm_head_eps=base.get("lm_head_eps", LM_HEAD_EPS), **recipe.rates,
         )  # fmt: skip
         moments = parent.tensors("optim-") if recipe.warm_optimizer else {}
         if moments:  # an imported parent has none

@@ -67,12 +67,12 @@ def list_document(rng: Rng) -> str:
 
 
 KINDS = {
-    stories.story: 7,
-    fact_document: 30,
-    dialogue_document: 20,
+    stories.story: 13,
+    fact_document: 29,
+    dialogue_document: 19,
     choices.quiz_document: 6,
-    lookups.table_document: 8,
-    lookups.echo_document: 8,
+    lookups.table_document: 6,
+    lookups.echo_document: 6,
     numbers.document: 6,
     letters.document: 12,
     list_document: 3,

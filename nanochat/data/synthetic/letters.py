@@ -1,6 +1,8 @@
 """Words and their letters: which words may be shown in training, spelling, counting letters with the tool.
 
-Half of the words that training counts letters in are invented, so that what is learned is to copy any word.
+Two thirds of the words that training counts letters in do not exist, so that what is learned is to copy any
+word: syllables put together, or the beginning of a word and the end of another, which have the tokens of
+real words.
 The words of the list "new" belong to the held-out sets alone.
 """
 
@@ -56,8 +58,18 @@ def invented(rng: Rng) -> str:
             return word
 
 
+def blended(rng: Rng) -> str:
+    """The beginning of a word and the end of another one, of four letters or more."""
+    while True:
+        first, last = rng.pick(training_words()), rng.pick(training_words())
+        word = first[: rng.between(1, len(first))] + last[rng.below(len(last)) :]
+        if 4 <= len(word) <= 14 and word not in held_out_words():
+            return word
+
+
 def any_word(rng: Rng) -> str:
-    return rng.pick(training_words()) if rng.chance(50) else invented(rng)
+    """A word of the lists, a blended one or an invented one."""
+    return rng.pick((lambda rng: rng.pick(training_words()), blended, invented))(rng)
 
 
 def draw_letter(rng: Rng, word: str) -> str:

@@ -40,7 +40,7 @@ def entries(rng: Rng, count: int) -> list[str]:
     if way < 4:
         return rng.sample(letters.training_words(), count)
     if way < 6:
-        return [letters.invented(rng) for _ in range(count)]
+        return [rng.pick((letters.invented, letters.blended))(rng) for _ in range(count)]
     if way < 7:
         return [str(n) for n in rng.sample(range(2, 999), count)]
     return [fact.answer for fact in different_facts(rng, count)]
@@ -143,13 +143,21 @@ def far_quiz(rng: Rng) -> Turns:
     )
 
 
+COPY = (
+    "Write '{w}' in brackets.", "Put the word '{w}' in brackets.", "'{w}' in brackets, please.",
+    "Put {w} in brackets.", "Write the word {w} in brackets.", "Now {w}.", "And '{w}'?",
+)  # fmt: skip
+
+
 def copy(rng: Rng) -> Turns:
-    """Words said again, and a word put into the brackets of a tool call."""
-    words = [letters.any_word(rng) for _ in range(rng.between(3, 6))]
+    """Words put into the brackets of a tool call, and words said again."""
+    turns: Turns = []
+    for _ in range(rng.between(4, 7)):
+        word = letters.any_word(rng)
+        turns.append((rng.pick(COPY).format(w=word), f"('{word}')"))
+    words = [letters.any_word(rng) for _ in range(rng.between(3, 5))]
     ask = rng.pick(("Say after me:", "Repeat:", "Write this again:"))
-    word = letters.any_word(rng)
-    put = rng.pick(("Write '{w}' in brackets.", "Put '{w}' in brackets."))
-    return [(f"{ask} {', '.join(words)}.", f"{', '.join(words)}."), (put.format(w=word), f"('{word}')")]
+    return [*turns, (f"{ask} {', '.join(words)}.", f"{', '.join(words)}.")]
 
 
 def echo_document(rng: Rng) -> str:
