@@ -59,7 +59,7 @@ class Dense(torch.autograd.Function):
         for queries, keys, past in _chunks(T, S, left, right):
             scores = torch.bmm(q_BKGTE[:, :, :, queries].reshape(B * K, -1, E), k_NSE[:, keys].mT)
             limits = queries.stop - queries.start, past, left, right, _starts(starts, queries, keys)
-            p = _softmax(scores, B, E, *limits)
+            p = _softmax(scores, B, E, limits)
             _put(y_BTHE, queries, torch.bmm(p, v_NSE[:, keys]), K)
             if keeps:
                 kept.append(p)
@@ -79,9 +79,9 @@ class Dense(torch.autograd.Function):
         for i, (queries, keys, past) in enumerate(_chunks(T, S, *ctx.limits)):
             limits = queries.stop - queries.start, past, *ctx.limits, _starts(starts, queries, keys)
             q, dy = (x[:, :, :, queries].reshape(B * K, -1, E) for x in (q_BKGTE, dy_BKGTE))
-            p = kept[i] if kept else _softmax(torch.bmm(q, k_NSE[:, keys].mT), B, E, *limits)
+            p = kept[i] if kept else _softmax(torch.bmm(q, k_NSE[:, keys].mT), B, E, limits)
             dv_NSE[:, keys] += torch.bmm(p.mT, dy)
-            ds = _softmax(torch.bmm(dy, v_NSE[:, keys].mT), B, E, *limits, p)
+            ds = _softmax(torch.bmm(dy, v_NSE[:, keys].mT), B, E, limits, p)
             _put(dq_BTHE, queries, torch.bmm(ds, k_NSE[:, keys]), K)
             dk_NSE[:, keys] += torch.bmm(ds.mT, q)
         dk, dv = (x.view(B, K, S, E).transpose(1, 2) for x in (dk_NSE, dv_NSE))
@@ -102,18 +102,9 @@ def _starts(starts_BT: Docs, queries: slice, keys: slice) -> Docs:
     return None if starts_BT is None else (starts_BT[:, queries] - keys.start).contiguous()
 
 
-def _softmax(
-    x: Tensor,
-    B: int,
-    E: int,
-    C: int,
-    past: int,
-    left: int,
-    right: int,
-    starts_BC: Docs,
-    p: Tensor | None = None,
-) -> Tensor:
+def _softmax(x: Tensor, B: int, E: int, limits: tuple[Any, ...], p: Tensor | None = None) -> Tensor:
     """Scores (B * K, G * C, keys) -> P; with P given, the gradient of P -> that of the scores. In place."""
+    C, past, left, right, starts_BC = limits
     rows, num_keys = x.shape[0] * x.shape[1], x.shape[2]
     where = (rows, C, rows // B, num_keys, past, left, right, starts_BC, C, E**-0.5, native.is_half(x))
     if p is None:
