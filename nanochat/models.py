@@ -9,11 +9,12 @@ import torch
 from nanochat import checkpoint
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.lora import merge
 from nanochat.paths import Home
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
 
-CHAT_STAGES = ("rl", "sft", "mid", "base")  # the most trained first
+CHAT_STAGES = ("rl", "dpo", "sft", "mid", "base")  # the most trained first
 
 
 def build(config: GPTConfig, rt: Runtime, seed: int | None = None, smear: float = 0.0) -> GPT:
@@ -38,6 +39,7 @@ def load_model(
 ) -> tuple[GPT, RustBPETokenizer, checkpoint.Checkpoint]:
     """The model (in eval mode), tokenizer and checkpoint of a stage; the newest good step, or the one named.
 
+    Adapters (nanochat.lora) are merged in.
     Raises UserError if there is none, or if the tokenizer is not the one the model was trained with.
     """
     found = checkpoint.load(home.checkpoints(tag, stage), step, repair=False, only="model")
@@ -49,7 +51,7 @@ def load_model(
     tok = RustBPETokenizer.from_directory(home.tokenizer_dir)
     check_tokenizer(tok, found.meta)
     model = build(GPTConfig(**found.meta["model"]), rt)
-    arrays = found.tensors("model")
+    arrays = merge(found.tensors("model"))
     model.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()}, strict=True)
     return model.eval(), tok, found
 

@@ -99,7 +99,9 @@ def measure(cfg: Settings, rt: runtime.Runtime) -> None:
         rt.say("\n".join(f"  | {prompt}{text}" for prompt, text in samples))
         facts: dict[str, Any] = {"core": None, "tasks": {}}
         if tasks:
-            facts = core.evaluate_core(tasks, model, tok, rt, max_per_task=cfg.max_per_task, say=rt.say)
+            cache = core.cache_file(home, found.records, tok, rt.dtype)
+            how: dict[str, Any] = {"max_per_task": cfg.max_per_task, "say": rt.say, "cache": cache}
+            facts = core.evaluate_core(tasks, model, tok, rt, **how)
             rt.say(
                 f"base_eval: CORE {facts['core']:.4f} over {len(tasks)} tasks{f'; {note}' if note else ''}"
             )
@@ -108,7 +110,8 @@ def measure(cfg: Settings, rt: runtime.Runtime) -> None:
         stage.finish(
             parent=parent, val_bpb=bpb if math.isfinite(bpb) else None, val_rows=rows.num_rows,
             samples=samples, core=facts["core"], core_note=note, core_tasks=facts["tasks"],
-            core_missing=missing, seconds=round(time.perf_counter() - begun, 2),
+            core_missing=missing, core_references=core.references(home.eval_bundle_dir) if tasks else {},
+            seconds=round(time.perf_counter() - begun, 2),
         )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: assistant tokens only, whole conversations packed without seeing each other.
 
 python -m scripts.chat_sft --preset=cpu-demo
+python -m scripts.chat_sft --data=mine.jsonl --parent=imported:sft --tag=mine --batch-tokens=16384
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from nanochat.optim.schedule import linear_to_zero, post_training_momentum
 from nanochat.paths import Home
 from nanochat.train.loop import Rates
 from nanochat.train.tune import Recipe, tune
+from tasks.custom import CustomJSON
 from tasks.mixtures import mixture
 
 
@@ -22,6 +24,12 @@ class Settings:
     tag: str = setting("main", "name of the run")
     seed: int = setting(1, "seed of the mixture and its order")
     mixture: str = setting("speedrun", "which mixture: smoke, cpu-demo, single-gpu or speedrun")
+    data: str | None = setting(None, "your own conversations (JSONL, see tasks/custom.py) for the mixture")
+    parent: str | None = setting(
+        None, "STAGE or TAG:STAGE to start from (default: this run's mid, else base)"
+    )
+    lora_rank: int = setting(0, "train adapters of this rank only, for a small GPU (0: all weights)")
+    lora_lr: float = setting(0.001, "learning rate of adapters")
     epochs: float = setting(1.0, "passes over the mixture")
     batch_tokens: int | None = setting(None, "tokens per optimizer step (default: the base run's)")
     device_batch: int = setting(32, "rows per forward pass on one device")
@@ -55,7 +63,14 @@ def main(argv: list[str] | None = None) -> None:
     rt = runtime.start(cfg.device, cfg.dtype)
     try:
         recipe = Recipe("sft", ("mid", "base"), "assistant", not cfg.fresh_optimizer, schedule, rates={})
-        tune(recipe, cfg, rt, mixture("sft", cfg.mixture, cfg.seed, home=Home.find(cfg.home)))
+        if cfg.parent == "sft":
+            raise errors.UserError("a stage cannot be its own parent", "name another run: --parent=TAG:sft")
+        task = (
+            CustomJSON(cfg.data)
+            if cfg.data
+            else mixture("sft", cfg.mixture, cfg.seed, home=Home.find(cfg.home))
+        )
+        tune(recipe, cfg, rt, task)
     finally:
         runtime.close(rt)
 

@@ -1,17 +1,21 @@
-"""Write the report of a run: report.md and plots, from the facts its stages have left; print the summary.
+"""Write the report of a run, report.html and report.md with plots, from the facts its stages have left.
 
 python -m scripts.report --tag=main
+python -m scripts.report A B          compares two runs (TAG, or TAG in another home as HOME:TAG)
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 from nanochat import config, errors
 from nanochat.config import setting
 from nanochat.paths import Home, write_text
 from nanochat.report import page, plots
+from nanochat.report.compare import compare, difference_table
 from nanochat.report.facts import Facts, read_facts
+from nanochat.report.html import html
 
 
 @dataclass(frozen=True)
@@ -25,15 +29,40 @@ PRESETS = {name: Settings() for name in ("smoke", "cpu-demo", "single-gpu", "spe
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = config.parse(Settings, PRESETS, argv, __doc__)
+    words = list(sys.argv[1:] if argv is None else argv)
+    runs: list[str] = []
+    while words and not words[0].startswith("-"):
+        runs.append(words.pop(0))
+    cfg = config.parse(Settings, PRESETS, words, __doc__)
     home = Home.find(cfg.home)
+    if runs:
+        side_by_side(home, runs)
+        return
     facts, directory = read_facts(home, cfg.tag), home.report_dir(cfg.tag)
     write_text(directory / "report.md", page.page(facts, cfg.tag, draw(facts, home, cfg.tag)))
+    write_text(directory / "report.html", html(facts, cfg.tag))
     print(page.plain(page.summary(facts)))
     for name, stage in facts.items():
         if stage.status != "finished":
             print(f"{name}: {stage.status}")
-    print(f"\nreport: {directory / 'report.md'}")
+    print(f"\nreport: {directory / 'report.html'} (and report.md)")
+
+
+def side_by_side(home: Home, runs: list[str]) -> None:
+    """Write compare.html and compare.md of two runs into the first one's report directory."""
+    if len(runs) != 2:
+        raise errors.UserError(f"two runs can be compared, found {len(runs)}", "write: report TAG_A TAG_B")
+    places = [
+        (Home.find(where) if where else home, tag) for where, _, tag in (r.rpartition(":") for r in runs)
+    ]
+    a, b = (read_facts(place, tag) for place, tag in places)
+    names = (places[0][1], places[1][1]) if places[0][1] != places[1][1] else ("A", "B")
+    text, whole = compare(a, b, names)
+    directory = places[0][0].report_dir(places[0][1])
+    write_text(directory / "compare.md", text)
+    write_text(directory / "compare.html", whole)
+    print(page.plain(difference_table(a, b, names)))
+    print(f"\ncomparison: {directory / 'compare.html'}")
 
 
 def draw(facts: Facts, home: Home, tag: str) -> list[str]:

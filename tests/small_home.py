@@ -21,5 +21,6 @@ def save_model(home: Home, stage: str = "base", sequence_len: int = 64) -> None:
     meta = {
         "model": vars(config), "inputs": {"tokenizer": TOK.fingerprint()}, "key": "k", "stage": stage,
         "settings": {"data": "synthetic", "seed": 1, "mixture": "smoke"},
+        "recipe": {"batch_tokens": 1024, "lr_scale": 1.0},
     }  # fmt: skip
     checkpoint.save(home.checkpoints("main", stage), 7, {"model": arrays}, {}, meta=meta)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +18,11 @@ from nanochat import chat
 from nanochat.engine.engine import Completion
 from nanochat.errors import UserError
 from nanochat.eval.chat import chat_core, choose_letters, evaluate_task, wilson
+from nanochat.eval.passk import bootstrap, pass_at_k, powers_up_to
 from nanochat.paths import Home, read_json
 from nanochat.runtime import Runtime
 from scripts import chat_eval
+from tasks.measured import add_sandbox, open_tasks
 
 RT = Runtime(torch.device("cpu"), torch.float32)
 
@@ -224,10 +227,10 @@ def test_every_chat_model_is_measured_once(home: Path, capsys: pytest.CaptureFix
 
 
 def test_hub_tasks_follow_a_hub_mixture(home: Path) -> None:
-    names = list(chat_eval.open_tasks("auto", {"mixture": "speedrun"}, Home(home)))
-    assert names == ["arc_easy", "arc_challenge", "mmlu", "gsm8k"]
-    assert "letters" in chat_eval.open_tasks("auto", {"mixture": "cpu-demo"}, Home(home))
-    assert list(chat_eval.open_tasks("gsm8k,facts,gsm8k", {}, Home(home))) == ["gsm8k", "facts"]
+    names = list(open_tasks("auto", {"mixture": "speedrun"}, Home(home)))
+    assert names == ["arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval"]
+    assert "letters" in open_tasks("auto", {"mixture": "cpu-demo"}, Home(home))
+    assert list(open_tasks("gsm8k,facts,gsm8k", {}, Home(home))) == ["gsm8k", "facts"]
 
 
 def test_bad_words(home: Path) -> None:
@@ -238,3 +241,69 @@ def test_bad_words(home: Path) -> None:
         with pytest.raises(UserError):
             chat_eval.main([*WORDS, *words])
     assert not (home / "runs" / "main" / "chat_eval_sft").exists()
+
+
+# ---------------------------------------------------------------- several samples, and code
+
+
+def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_one() -> None:
+    """Against all subsets, and values by hand: of 5 answers 2 are right; 3 of 10 pairs hold none of them."""
+    assert pass_at_k(5, 2, 2) == pytest.approx(0.7)
+    for n, c, k in itertools.product(range(1, 7), range(7), range(1, 7)):
+        if c <= n and k <= n:
+            draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
+            assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+    for wrong in ((3, 4, 1), (3, 1, 0), (3, 1, 4)):
+        with pytest.raises(ValueError):
+            pass_at_k(*wrong)
+    assert [powers_up_to(n) for n in (1, 4, 6)] == [[1], [1, 2, 4], [1, 2, 4, 6]]
+
+
+def test_bootstrap_intervals() -> None:
+    low, high = bootstrap([0.0] * 50 + [1.0] * 50)
+    assert 0.38 < low < 0.42 and 0.58 < high < 0.62  # 0.5 -+ 1.96 * 0.05
+    assert bootstrap([1.0, 1.0]) == (1.0, 1.0) and bootstrap([]) == (0.0, 1.0)
+
+
+class Drawn:
+    """An engine that answers right where the seed is even."""
+
+    context, tokenizer = 64, TOK
+
+    def complete(self, prompts: list[list[int]], *, seed: list[int], **how: Any) -> list[Completion]:
+        assert how["temperature"] == 1.0 and len(set(seed)) == len(seed)
+        texts = [TOK.encode("yes" if s % 2 == 0 else "no") for s in seed]
+        return [Completion(ids, [1] * len(ids), "stop", 0) for ids in texts]
+
+
+def test_several_samples_to_a_question() -> None:
+    """Three questions, 4 samples each; total 3 is odd, so half of each question's seeds are even."""
+    quiz = Quiz("generative", [ask("a", "yes"), ask("b", "yes"), ask("c", "maybe")])
+    engine: Any = Drawn()
+    facts, records = evaluate_task(quiz, engine, RT, temperature=1.0, num_samples=4)
+    assert (facts["right"], facts["total"], facts["num_samples"]) == (4, 12, 4)
+    assert facts["pass_at"] == {
+        "1": pytest.approx(1 / 3), "2": pytest.approx(2 / 3 * 5 / 6), "4": pytest.approx(2 / 3),
+    }  # fmt: skip
+    assert [r["index"] for r in records] == [0] * 4 + [1] * 4 + [2] * 4
+    assert facts["low"] <= facts["accuracy"] <= facts["high"]
+
+
+def test_samples_need_a_temperature(home: Path) -> None:
+    save_model(Home(home), "sft", sequence_len=400)
+    with pytest.raises(UserError, match="temperature"):
+        chat_eval.main([*WORDS, "--num-samples=4"])
+
+
+def test_code_tasks_without_a_sandbox(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """auto leaves them out and says so; asked for by name they are an error; unsafe runs them."""
+    said: list[str] = []
+    monkeypatch.setattr("nanochat.sandbox.sandbox.Sandbox.probe", lambda self: "no walls here")
+    tasks = open_tasks("gsm8k,humaneval", {}, Home(home))
+    with pytest.raises(UserError, match="no walls here"):
+        add_sandbox(dict(tasks), False, False, said.append)
+    assert add_sandbox(tasks, True, False, said.append).keys() == {"humaneval"} and list(tasks) == ["gsm8k"]
+    assert "humaneval left out" in said[0] and "--unsafe-no-sandbox" in said[0]
+    unsafe = open_tasks("humaneval", {}, Home(home))
+    assert add_sandbox(unsafe, False, True, said.append) == {} and "without a sound sandbox" in said[1]
+    assert unsafe["humaneval"].sandbox is not None  # type: ignore[attr-defined]

@@ -15,8 +15,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_home import save_model
+from small_home import TOK, save_model
 
+from nanochat import checkpoint
 from nanochat.errors import UserError
 from nanochat.eval import core
 from nanochat.eval.core import CoreTask
@@ -348,3 +349,56 @@ def test_stage_without_then_with_core(home: Path, mirror: Path, capsys: pytest.C
 def test_stage_without_a_model_says_so(home: Path) -> None:
     with pytest.raises(UserError, match="no base checkpoint"):
         base_eval.main(["--preset=smoke", "--device=cpu", "--dtype=float32"])
+
+
+# ---------------------------------------------------------------- results that are kept
+
+
+def test_results_are_kept_by_weights_and_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second evaluation computes nothing; other weights, records or caps are computed anew."""
+    file = tmp_path / "t.jsonl"
+    records = [{"query": "a", "choices": ["d", "bc"], "gold": gold} for gold in (0, 1, 1, 1)]
+    file.write_text("\n".join(map(json.dumps, records)))
+    one = task("multiple_choice", file=file, chance=0.5)
+    model, rt = Bigrams({" b": 0.5, " d": 0.25, "bc": 0.25}), Runtime(torch.device("cpu"), torch.float32)
+    calls: list[str] = []
+    real = core.evaluate_task
+
+    def counted(task: CoreTask, *rest: Any) -> dict[str, Any]:
+        calls.append(task.name)
+        return real(task, *rest)
+
+    monkeypatch.setattr(core, "evaluate_task", counted)
+    cache, said = tmp_path / "cache" / "x.json", list[str]()
+    first = core.evaluate_core([one], model, Letters(), rt, cache=cache)
+    again = core.evaluate_core([one], model, Letters(), rt, cache=cache, say=said.append)
+    assert first == again and first["core"] == pytest.approx(0.5) and calls == ["t"] and "known" in said[0]
+    core.evaluate_core([one], model, Letters(), rt, cache=cache, max_per_task=2)
+    file.write_text(file.read_text() + "\n" + json.dumps(records[0]))
+    assert core.evaluate_core([one], model, Letters(), rt, cache=cache)["tasks"]["t"]["total"] == 5
+    core.evaluate_core([one], model, Letters(), rt)
+    assert len(calls) == 4
+
+
+def test_the_cache_is_named_by_the_weights(home: Path) -> None:
+    where = Home(home)
+    save_model(where, "base")
+    save_model(where, "mid")
+    save_model(where, "sft", sequence_len=32)  # the same weights
+    names = []
+    for stage in ("base", "mid"):
+        found = checkpoint.load(where.checkpoints("main", stage), repair=False, only="model")
+        assert found is not None
+        names += [
+            core.cache_file(where, found.records, TOK, dtype) for dtype in (torch.float32, torch.bfloat16)
+        ]
+    assert names[:2] == names[2:] and names[0] != names[1]
+    other = {name: record | {"sha256": "0"} for name, record in found.records.items()}
+    assert core.cache_file(where, other, TOK, torch.float32) != names[0]
+
+
+def test_references_come_with_the_bundle(tmp_path: Path) -> None:
+    (tmp_path / "openai-community-gpt2.csv").write_text(
+        "Task      , Accuracy , Centered\nt , 0.5 , 0.25\nCORE , , 0.1138\n"
+    )
+    assert core.references(tmp_path) == {"gpt2": {"t": 0.25, "CORE": 0.1138}}

@@ -25,6 +25,7 @@ LAYERS = [
     {"eval"},
     {"engine", "sandbox"},
     {"models"},
+    {"lora"},
     {"gpt", "optim", "data"},
     {"flash_attention", "tokenizer", "checkpoint", "bpe", "linear", "cross_entropy", "fused"},
     {

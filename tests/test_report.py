@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Sequence
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import pytest
 
 from nanochat.errors import UserError
 from nanochat.paths import Home, write_json
-from nanochat.report import page
+from nanochat.report import html, page
+from nanochat.report.charts import Bars, Line, bar_chart, line_chart, show, thin, ticks
 from nanochat.report.facts import read_facts
 from nanochat.report.plots import smooth
 from scripts import report
@@ -104,7 +107,13 @@ def test_page_and_plots(full: Home, capsys: pytest.CaptureFixture) -> None:
     assert "0.8765" in out and "sft: unfinished, step 4" in out and "chat_eval_sft: not run" in out
     directory = full.report_dir("main")
     text = (directory / "report.md").read_text(encoding="utf-8")
-    assert {p.name for p in directory.iterdir()} == {"report.md", "loss.png", "bpb.png", "accuracy.png"}
+    assert {p.name for p in directory.iterdir()} == {
+        "report.html",
+        "report.md",
+        "loss.png",
+        "bpb.png",
+        "accuracy.png",
+    }
     for name in re.findall(r"\((\w+\.png)\)", text):
         assert (directory / name).read_bytes().startswith(b"\x89PNG")
     assert text.count(".png](") == 3
@@ -125,7 +134,7 @@ def test_without_matplotlib_the_page_is_written(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     report.main(["--tag=main"])
     assert "plots not drawn" in capsys.readouterr().out
-    assert [p.name for p in full.report_dir("main").iterdir()] == ["report.md"]
+    assert {p.name for p in full.report_dir("main").iterdir()} == {"report.html", "report.md"}
     assert ".png" not in (full.report_dir("main") / "report.md").read_text(encoding="utf-8")
 
 
@@ -136,7 +145,7 @@ def test_only_a_tokenizer_so_far(home: Path, capsys: pytest.CaptureFixture) -> N
     directory = Home(home).report_dir("main")
     text = (directory / "report.md").read_text(encoding="utf-8")
     assert text.count("Nothing was recorded.") == 6  # all sections but the tokenizer's and the settings
-    assert [p.name for p in directory.iterdir()] == ["report.md"]
+    assert {p.name for p in directory.iterdir()} == {"report.html", "report.md"}
 
 
 def test_nothing_to_report(home: Path) -> None:
@@ -155,3 +164,114 @@ def test_small_parts() -> None:
     assert page.plain([["", "a"], ["long", "1"], ["b", "–"]]) == "      a\nlong  1\nb     –"
     assert smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0] * 3)
     assert smooth([0.0, 1.0])[1] == pytest.approx(1 / 1.9)
+
+
+# ---------------------------------------------------------------- the page of its own
+
+
+def test_the_html_needs_nothing_else_and_shows_all(full: Home) -> None:
+    """One file without links to others; every stage's curve, every interval, escaped text."""
+    write_stage(
+        full, "rl", {"train_seconds": 5.0, "steps": 9},
+        [{"step": 0, "eval_seconds": 1, "accuracy_arithmetic": 0.5},
+         *({"step": i, "reward": i / 10, "kl": 0.01 * i, "answer_tokens": 20 + i} for i in range(1, 10)),
+         {"step": 9, "eval_seconds": 1, "accuracy_arithmetic": 0.75}],
+    )  # fmt: skip
+    facts = read_facts(full, "main")
+    text = html.html(facts, "main")
+    assert not re.findall(r'(?:src|href)="(?!#)', text) and "@import" not in text and "url(" not in text
+    assert text.count("<svg") == text.count("</svg>") >= 6
+    for title in (
+        "base: loss",
+        "reward of sampled answers",
+        "held-out accuracy, greedy",
+        "(KL)",
+        "length of answers",
+    ):
+        assert f"<figcaption>{title}" in text or title in text, title
+    assert "arithmetic 9: 0.75" in text and "a | processor" in text
+    assert 'class="whisker"' in text and 'class="mark"' in text
+    assert "nan" not in text.lower().replace("nanochat", "").replace("nanny", "")
+    parser = Balanced()
+    parser.feed(text)
+    assert not parser.open and not parser.wrong
+
+
+class Balanced(HTMLParser):
+    """Knows whether every element is closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.wrong: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(tag)
+
+
+def test_what_a_model_wrote_is_never_markup(full: Home) -> None:
+    evil = "<script>alert(1)</script><img src=x>"
+    record = {"question": evil, "answer": evil, "full": "<|python_start|>1 + 2<|python_end|>", "right": True}
+    tasks = {evil: accuracy(3, 4)}
+    write_stage(full, "chat_eval_sft", {"tasks": tasks, "chatcore": 0.5, "examples": {evil: [record]}})
+    text = html.html(read_facts(full, "main"), "main")
+    assert "<script" not in text and "<img" not in text and "&lt;script&gt;" in text
+    assert "[1 + 2]" in text
+
+
+def test_a_run_with_one_stage_has_a_page_too(home: Path) -> None:
+    write_stage(Home(home), "tok_train", {"vocab_size": 2048, "seconds": 4.0})
+    text = html.html(read_facts(Home(home), "main"), "main")
+    assert "not finished" in text and "base (not run)" in text and "<svg" not in text
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert ticks(-3.2, 11) == [0, 5, 10] and ticks(2, 2) == [2]
+    assert [show(v) for v in (0.25, 1500, 3_200_000, 12)] == ["0.25", "1.5k", "3.2M", "12"]
+    thinned = thin(range(1000), [1.0] * 1000)
+    assert len(thinned) <= 300 and thinned[0] == (1.5, 1.0) and {y for _, y in thinned} == {1.0}
+
+
+def test_a_curve_stands_where_its_numbers_say() -> None:
+    """The first and last of three points lie at the ends of the axis, the middle one in between."""
+    text = line_chart("t", [Line("a", [0, 5, 10], [0, 1, 2], "red")], "x", "y")
+    (points,) = re.findall(r'points="([^"]*)"', text)
+    (x0, y0), (x1, y1), (x2, y2) = ([float(v) for v in p.split(",")] for p in points.split())
+    assert (
+        (x0, x2) == (52, 448)
+        and x1 == pytest.approx(250)
+        and y0 > y1 > y2
+        and y0 - y1 == pytest.approx(y1 - y2)
+    )
+    assert line_chart("t", [Line("a", [], [], "red")], "x", "y") == ""
+    bars = bar_chart("t", ["a", "b"], [Bars("m", [50, None], "red")], "y", top=100)
+    assert bars.count("<rect") == 1 and 'height="90.0"' in bars  # half of 250 - 30 - 40
+
+
+def test_two_runs_side_by_side(full: Home, home: Path, capsys: pytest.CaptureFixture) -> None:
+    source = full.stage_dir("main", "base").parent
+    shutil.copytree(source, source.with_name("other"))
+    result = json.loads(full.result_file("other", "base_eval").read_text())
+    write_json(full.result_file("other", "base_eval"), result | {"val_bpb": result["val_bpb"] + 0.25})
+    write_json(full.settings_file("other", "base"), {"home": "/x", "tag": "other", "depth": 6})
+    report.main(["main", "other"])
+    out = capsys.readouterr().out
+    assert re.search(r"base +bits per byte .* \+0\.2500", out)
+    text = (full.report_dir("main") / "compare.md").read_text()
+    assert "| base | depth | 4 | 6 |" in text and "/x" not in text
+    whole = (full.report_dir("main") / "compare.html").read_text()
+    assert whole.count("<polyline") >= 2 and "main and other" in whole
+    report.main([f"{home}:main", "main"])
+    assert "A" in capsys.readouterr().out
+    for wrong in (["main", "nobody"], ["main"], ["a", "b", "c"]):
+        with pytest.raises(UserError):
+            report.main(wrong)

@@ -1,7 +1,8 @@
 """Chat tasks: accuracy with its uncertainty. Categorical by the letters' logits, generative by answers.
 
 A task has name, kind, len, [i] -> conversation (its last message is the reference) and evaluate(conversation,
-answer). Left out: which tasks there are (the tasks package), pass@k.
+answer). With several samples a question, accuracy is their share of right ones, and pass@k stands beside it.
+Left out: which tasks there are (the tasks package).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from nanochat.chat import text_of
 from nanochat.engine import Engine
 from nanochat.engine.text import answer_of
+from nanochat.eval.passk import bootstrap, pass_at_k, powers_up_to
 from nanochat.eval.rows import batch_tokens_for, last_logits
 from nanochat.runtime import Runtime
 
@@ -85,45 +87,65 @@ def write_answers(
 
 def evaluate_task(
     task: Any, engine: Engine, rt: Runtime, *, max_problems: int | None = None, max_tokens: int = 512,
-    batch_size: int = 256, temperature: float = 0.0, seed: int = 1,
+    batch_size: int = 256, temperature: float = 0.0, seed: int = 1, num_samples: int = 1,
 ) -> tuple[Facts, list[Facts]]:  # fmt: skip
-    """(facts, one record per example in the task's order, equal on every rank) of the first max_problems.
+    """(facts, one record per answer in the task's order, equal on every rank) of the first max_problems.
 
-    Ranks share the examples. The chance of a categorical task is one in its usual number of letters.
+    Ranks share the examples. The chance of a categorical task is one in its usual number of letters. Where a
+    generative task gets `num_samples` answers a question (which needs a temperature), the interval comes from
+    resampled questions and facts hold pass_at {k: share}; else it is Wilson's.
     """
     begun = time.perf_counter()
     total = len(task) if max_problems is None else min(max_problems, len(task))
     indices = range(rt.rank, total, rt.world_size)
     conversations = [task[i] for i in indices]
+    times = 1
     if task.kind == "categorical":
         letters = choose_letters(engine.model, engine.tokenizer, conversations, batch_tokens_for(rt.device))
         written = [(letter, letter, "stop") for letter in letters]
     else:
-        seeds = [seed + i for i in indices]
+        times = num_samples
+        seeds = [seed + i + total * s for i in indices for s in range(times)]
         how = {"max_tokens": max_tokens, "batch_size": batch_size, "temperature": temperature}
-        written = write_answers(engine, conversations, seeds, **how)
+        written = write_answers(engine, [c for c in conversations for _ in range(times)], seeds, **how)
+    asked = [(i, c) for i, c in zip(indices, conversations, strict=True) for _ in range(times)]
+    grade = getattr(task, "evaluate_many", None)  # of a task that grades faster together
+    verdicts = None if grade is None else grade([(c, w[0]) for (_, c), w in zip(asked, written, strict=True)])
     mine = [
-        _record(task, i, conversation, *answer)
-        for i, conversation, answer in zip(indices, conversations, written, strict=True)
+        _record(task, i, conversation, *answer, None if verdicts is None else verdicts[n])
+        for n, ((i, conversation), answer) in enumerate(zip(asked, written, strict=True))
     ]
     records = sorted((r for part in rt.gather(mine) for r in part), key=lambda r: r["index"])
     right = sum(record["right"] for record in records)
-    low, high = wilson(right, total)
+    low, high = wilson(right, len(records))
+    pass_at = {}
+    if times > 1:
+        per_question = Counter(record["index"] for record in records if record["right"])
+        counts = [per_question[i] for i in range(total)]
+        low, high = bootstrap([count / times for count in counts])
+        pass_at = {
+            str(k): sum(pass_at_k(times, count, k) for count in counts) / max(total, 1)
+            for k in powers_up_to(times)
+        }
     facts = {
-        "accuracy": right / total if total else 0.0,
+        "accuracy": right / len(records) if records else 0.0,
         "low": low,
         "high": high,
         "right": right,
-        "total": total,
+        "total": len(records),
         "chance": _chance(rt.gather(Counter(len(c.get("letters", ())) for c in conversations))),
         "num_unfinished": sum(record["ended"] != "stop" for record in records),
         "seconds": round(time.perf_counter() - begun, 2),
     }
-    return facts, records
+    return facts | ({"num_samples": times, "pass_at": pass_at} if times > 1 else {}), records
 
 
-def _record(task: Any, index: int, conversation: Any, answer: str, full: str, ended: str) -> Facts:
+def _record(
+    task: Any, index: int, conversation: Any, answer: str, full: str, ended: str, verdict: bool | None = None
+) -> Facts:
     *asked, reference = conversation["messages"]
+    if verdict is None:
+        verdict = ended != TOO_LONG and bool(task.evaluate(conversation, answer))
     return {
         "index": index,
         "question": text_of(asked[-1]["content"]),
@@ -131,7 +153,7 @@ def _record(task: Any, index: int, conversation: Any, answer: str, full: str, en
         "answer": answer,
         "full": full,
         "ended": ended,
-        "right": ended != TOO_LONG and bool(task.evaluate(conversation, answer)),
+        "right": verdict and ended != TOO_LONG,
     }
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from nanochat.data.hub import plain_file
 from nanochat.errors import UserError
 from nanochat.eval.rows import batch_tokens_for, score_endings
-from nanochat.paths import Home
+from nanochat.paths import Home, read_json, write_json
 from nanochat.runtime import Runtime
 
 RECORD_SEED, SHOT_SEED = 1337, 1234
@@ -91,6 +91,17 @@ def load_tasks(bundle: Path) -> tuple[list[CoreTask], list[str]]:
         raise UserError(f"core.yaml lists no tasks, or of unknown type: {wrong}", "delete the bundle")
     here = [task for task in tasks if task.file.exists()]
     return here, [task.name for task in tasks if task not in here]
+
+
+def references(bundle: Path) -> dict[str, dict[str, float]]:
+    """Centred accuracies of the models whose results the bundle brings: {model: {task: value}}."""
+    found: dict[str, dict[str, float]] = {}
+    for path in sorted(bundle.glob("openai-community-*.csv")):
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file)][1:]
+        values = {row[0]: float(row[2]) for row in rows if len(row) > 2 and row[0] and row[2]}
+        found[path.stem.removeprefix("openai-community-")] = values
+    return found
 
 
 def fingerprint(tasks: Sequence[CoreTask]) -> str:
@@ -239,15 +250,35 @@ def _chunks(indices: range) -> Iterator[range]:
 
 def evaluate_core(
     tasks: Sequence[CoreTask], model: Any, tok: Any, rt: Runtime, *, max_per_task: int | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = lambda line: None, cache: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """{"core": mean of the centred accuracies, "tasks": {name: facts}}. `say` gets a line per task."""
+    """{"core": mean of the centred accuracies, "tasks": {name: facts}}. `say` gets a line per task.
+
+    cache: a file of this model's results (see cache_file): what stands in it is not computed again, and a
+    task that is done is written at once, so that a long evaluation can be stopped and continued.
+    """
     facts: dict[str, dict[str, Any]] = {}
+    known: dict[str, Any] = rt.gather(read_json(cache) if cache and cache.exists() else {})[0]
     for task in tasks:
+        key = f"{task.name} {fingerprint([task])} {max_per_task}"
+        if key in known:
+            facts[task.name] = known[key]
+            say(f"core {task.name}: accuracy {known[key]['accuracy']:.4f}, known from an earlier evaluation")
+            continue
         found = facts[task.name] = evaluate_task(task, read_records(task, max_per_task), model, tok, rt)
+        known[key] = found
+        if cache and rt.is_main:
+            write_json(cache, known)
         say(
             f"core {task.name}: accuracy {found['accuracy']:.4f}, centred {found['centred']:+.4f}"
             f" ({found['total']} examples, {found['seconds']:.0f} s)"
         )
     mean = sum(found["centred"] for found in facts.values()) / len(facts) if facts else None
     return {"core": mean, "tasks": facts}
+
+
+def cache_file(home: Home, records: dict[str, dict[str, Any]], tok: Any, dtype: Any) -> Path:
+    """Where results of exactly these weights (by the checkpoint's hashes), tokenizer and dtype are kept."""
+    weights = {name: record for name, record in records.items() if name.startswith("model")}
+    facts = json.dumps([weights, tok.fingerprint(), str(dtype)], sort_keys=True)
+    return home.root / "eval_cache" / f"core-{hashlib.sha256(facts.encode()).hexdigest()[:24]}.json"

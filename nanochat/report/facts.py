@@ -9,12 +9,17 @@ from nanochat.errors import UserError
 from nanochat.paths import Home, read_json
 from nanochat.train.log import read_metrics
 
-TRAINED = ("base", "mid", "sft", "rl")  # columns of the summary
+TRAINED = ("base", "mid", "sft", "dpo", "rl")  # columns of the summary
 STAGES = (
     "tok_train", "tok_eval", "base", "base_eval", "mid", "chat_eval_mid", "sft", "chat_eval_sft",
-    "rl", "chat_eval_rl",
+    "dpo", "chat_eval_dpo", "rl", "chat_eval_rl",
 )  # fmt: skip
-OPTIONAL = ("rl", "chat_eval_rl")  # left out where there are none; others are shown as not run
+OPTIONAL = (
+    "dpo",
+    "chat_eval_dpo",
+    "rl",
+    "chat_eval_rl",
+)  # left out where there are none; others are shown as not run
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 from nanochat.report.facts import TRAINED, Facts
 
 SMOOTHING = 0.9
-COLOURS = {"base": "#4c72b0", "mid": "#dd8452", "sft": "#55a868", "rl": "#c44e52"}
+COLOURS = {"base": "#4c72b0", "mid": "#dd8452", "sft": "#55a868", "dpo": "#8172b3", "rl": "#c44e52"}
 
 
 def draw(facts: Facts, directory: Path) -> list[str]:

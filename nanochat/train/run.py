@@ -6,7 +6,7 @@ import itertools
 import math
 import resource
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from nanochat import checkpoint, hardware
@@ -34,11 +34,13 @@ def run_stage(
     flops_per_token: float,
     recipe: dict[str, Any],
     allow_empty: bool = False,
+    first: Sequence[Hook] = (),
     result: dict[str, Any],
 ) -> TrainState:
     """Train one stage to its end, continuing where it stopped, and write its facts.
 
-    Order after every step: log, save, evaluate, sample. An evaluation that a stop swallowed is made up for.
+    Order after every step: `first`, log, save, evaluate, sample. An evaluation that a stop swallowed
+    is made up for.
     """
     rt, state = stage.rt, TrainState()
     speed.apply(model, getattr(cfg, "speed", ""), rt)
@@ -89,7 +91,7 @@ def run_stage(
     try:
         fit(
             model, optimizer, rows, num_steps=num_steps, accum=accum, schedule=schedule, rt=rt, state=state,
-            hooks=[log, saver, every(cfg.eval_every, validate), every(cfg.sample_every, sample)],
+            hooks=[*first, log, saver, every(cfg.eval_every, validate), every(cfg.sample_every, sample)],
             allow_empty=allow_empty,
         )  # fmt: skip
     except Interrupted:

@@ -13,7 +13,9 @@ from nanochat.data.loader import ConversationBatches
 from nanochat.errors import UserError
 from nanochat.eval.bpb import evaluate_loss
 from nanochat.gpt import GPTConfig
+from nanochat.lora import adapter_groups, add_adapters, merge
 from nanochat.models import build, check_tokenizer
+from nanochat.optim import MuonAdamW
 from nanochat.optim.groups import LM_HEAD_EPS
 from nanochat.paths import Home
 from nanochat.runtime import Runtime
@@ -79,7 +81,7 @@ def tune(recipe: Recipe, cfg: Any, rt: Runtime, task: Rows, prompts: tuple[str, 
     """Train `recipe.stage` on `task` from the newest parent, with the base run's shape and batch factor."""
     home = Home.find(cfg.home)
     tok = RustBPETokenizer.from_directory(home.tokenizer_dir)
-    parent = find_parent(home, cfg.tag, recipe.parents)
+    parent = find_parent(home, *parse_parent(getattr(cfg, "parent", None), cfg.tag, recipe.parents))
     check_tokenizer(tok, parent.meta)
     inputs = {
         "tokenizer": tok.fingerprint(),
@@ -92,7 +94,7 @@ def tune(recipe: Recipe, cfg: Any, rt: Runtime, task: Rows, prompts: tuple[str, 
         base = parent.meta["recipe"]
         shape = GPTConfig(**parent.meta["model"])
         model = build(shape, rt)
-        load_model_arrays(model, parent.tensors("model"))
+        load_model_arrays(model, parent_arrays(parent))
         batch = cfg.batch_tokens or base["batch_tokens"]
         rows_per_step, one_pass = batch // shape.sequence_len, cfg.device_batch * rt.world_size
         if rows_per_step * shape.sequence_len != batch or rows_per_step % one_pass:
@@ -103,12 +105,19 @@ def tune(recipe: Recipe, cfg: Any, rt: Runtime, task: Rows, prompts: tuple[str, 
                 f"--batch-tokens={works} works, or change --device-batch",
             )
         lr_scale = cfg.lr_scale * base["lr_scale"]
-        optimizer = model.setup_optimizer(
-            batch_tokens=base["batch_tokens"], weight_decay=0.0, lr_scale=lr_scale,
-            smear_backout_lr=base.get("smear_lr", SMEAR_LR),
-            lm_head_eps=base.get("lm_head_eps", LM_HEAD_EPS), **recipe.rates,
-        )  # fmt: skip
-        moments = parent.tensors("optim-") if recipe.warm_optimizer else {}
+        rank = getattr(cfg, "lora_rank", 0)
+        if rank:
+            rt.say(
+                f"{recipe.stage}: adapters of rank {rank}, {add_adapters(model, rank):,} numbers are trained"
+            )
+            optimizer = MuonAdamW(adapter_groups(model, cfg.lora_lr))
+        else:
+            optimizer = model.setup_optimizer(
+                batch_tokens=base["batch_tokens"], weight_decay=0.0, lr_scale=lr_scale,
+                smear_backout_lr=base.get("smear_lr", SMEAR_LR),
+                lm_head_eps=base.get("lm_head_eps", LM_HEAD_EPS), **recipe.rates,
+            )  # fmt: skip
+        moments = parent.tensors("optim-") if recipe.warm_optimizer and not rank else {}
         if moments:  # an imported parent has none
             optimizer.load_state_arrays(moments)
         train_rows, val_rows = split(task)
@@ -143,6 +152,19 @@ def tune(recipe: Recipe, cfg: Any, rt: Runtime, task: Rows, prompts: tuple[str, 
             recipe=base,
             result={"conversations": len(train_rows), "rows": rows, "parent": inputs["parent"]},
         )  # fmt: skip
+
+
+def parse_parent(named: str | None, tag: str, usual: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """(tag, stages) to look for: "STAGE" or "TAG:STAGE" if one is named, else the usual ones of this run."""
+    if named is None:
+        return tag, usual
+    other, colon, stage = named.rpartition(":")
+    return (other if colon else tag), (stage,)
+
+
+def parent_arrays(parent: checkpoint.Checkpoint) -> dict[str, Any]:
+    """The plain weights of a parent, its adapters merged."""
+    return merge(parent.tensors("model"))
 
 
 def find_parent(home: Home, tag: str, stages: tuple[str, ...]) -> checkpoint.Checkpoint:

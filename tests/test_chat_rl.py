@@ -1,0 +1,106 @@
+"""The RL stage: it raises the reward, resumes exactly, and leaves its facts; the tasks it practises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_home import save_model
+from test_rollout import Checksums
+
+from nanochat import models
+from nanochat.errors import UserError
+from nanochat.paths import Home, read_json
+from nanochat.train.log import read_metrics
+from scripts import chat_rl
+from tasks.reinforce import Goal, Practice, goal
+from tasks.synthetic import last_number
+
+FLAGS = ["--preset=smoke", "--device=cpu", "--dtype=float32", "--keep=9"]
+
+
+class Short(Checksums):
+    """Rewards answers with the letter e, which a random model writes now and then."""
+
+    kind, name = "generative", "short"
+
+    def reward(self, conversation: dict[str, Any], answer: str) -> float:
+        return float("e" in answer)
+
+    def evaluate(self, conversation: dict[str, Any], answer: str) -> bool:
+        return self.reward(conversation, answer) > 0
+
+
+@pytest.fixture
+def ready(home: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+    save_model(Home(home), "sft")
+    monkeypatch.setattr(chat_rl, "goal", lambda *args, **more: Goal(Short(6), {"short": Short(3)}))  # type: ignore[arg-type]
+    return Home(home)
+
+
+def rows(where: Home, *keys: str) -> list[dict[str, Any]]:
+    kept = [row for row in read_metrics(where.metrics_file("main", "rl")) if keys[0] in row]
+    return [{k: row[k] for k in ("step", *keys)} for row in kept]
+
+
+def test_the_reward_rises_and_facts_are_left(ready: Home) -> None:
+    chat_rl.main([*FLAGS, "--steps=30", "--questions=4", "--samples=8", "--lr-scale=20", "--eval-every=15"])
+    rewards = [row["reward"] for row in rows(ready, "reward", "kl", "same_frac", "answer_tokens")]
+    assert len(rewards) == 30 and sum(rewards[-6:]) / 6 > sum(rewards[:6]) / 6 + 0.1, rewards
+    assert [row["step"] for row in rows(ready, "accuracy", "accuracy_short", "pass_at_2_short")] == [
+        0,
+        15,
+        30,
+    ]
+    result = read_json(ready.result_file("main", "rl"))
+    assert result["reward"] == pytest.approx(sum(rewards[-10:]) / 10) and result["parent"] == ["sft", "k", 7]
+    assert result["steps"] == 30 and "accuracy" in result["before"] and result["num_questions"] == 6
+    assert models.newest_stage(ready, "main") == "rl"
+
+
+@pytest.mark.parametrize("more", [[], ["--updates=3", "--clip=0.2", "--kl=0.1", "--by-std", "--refill=1"]])
+def test_a_run_that_was_stopped_ends_the_same(
+    ready: Home, more: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    """From step 2, which with three updates lies inside a round, to the same figures bit for bit."""
+    flags = [*FLAGS, "--steps=6", "--samples=6", "--lr-scale=1", *more]
+    chat_rl.main(flags)
+    names = ("loss", "grad_norm", "tokens")
+    straight, rewards = rows(ready, *names), rows(ready, "reward", "kl")
+    ready.result_file("main", "rl").unlink()
+    chat_rl.main([*flags, "--resume=2"])
+    assert "continuing from step 2" in capsys.readouterr().out
+    assert rows(ready, *names) == straight and len(straight) == 6
+    resumed = [row for row in rows(ready, "kl") if "kl" in row]
+    assert [row["kl"] for row in resumed] == [row["kl"] for row in rewards]
+    chat_rl.main(flags)
+    assert "already finished" in capsys.readouterr().out
+
+
+def test_practice_is_graded_by_its_last_number() -> None:
+    task = Practice(("arithmetic", "letters"), 6, seed=3)
+    assert len(task) == 6
+    for conversation in (task[i] for i in range(6)):
+        answer = conversation["messages"][-1]["content"][-1]["text"]
+        number = last_number(answer)
+        assert number is not None
+        assert task.reward(conversation, answer) == 1.0 == task.reward(conversation, number)
+        assert task.reward(conversation, f"{int(number) + 1}") == 0.0 == task.reward(conversation, "none")
+    assert "count" in task[1]["messages"][-1]["content"][0]["text"]
+
+
+def test_goals(home: Path) -> None:
+    numbers = goal("numbers", size=10)
+    assert list(numbers.held_out) == ["arithmetic", "letters"] and len(numbers.train) == 10
+    heldout = {
+        c["messages"][0]["content"] for t in numbers.held_out.values() for c in (t[i] for i in range(len(t)))
+    }
+    asked = {numbers.train[i]["messages"][0]["content"] for i in range(10)}
+    assert not asked & heldout
+    with pytest.raises(UserError, match="choose from") as caught:
+        goal("poetry", size=1)
+    assert "poetry" in str(caught.value.problem)
+    for wrong in ("--samples=1", "--questions=0", "--kl=-1"):
+        with pytest.raises(UserError, match="a round needs"):
+            chat_rl.main([*FLAGS, wrong])
