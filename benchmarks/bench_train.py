@@ -1,11 +1,19 @@
-"""Training speed on this machine, beside its floor.
+"""Training speed on this machine, beside its floor and beside a plain loop.
 
     python benchmarks/bench_train.py --depths=4,6 --dtypes=float32,bfloat16 --csv=auto
 
-The shape is fixed so that figures compare: V = 4,096, pattern L, heads of 64 channels, rows of 512 tokens,
-16 rows a step, width 64 a layer. The floor is FLOPs per token over the matrix rate that this machine reaches
-at these sizes, measured in the same process. Each configuration runs in a process of its own, so that the
-time to the first step is real.
+Variants: `ours`; `torch`, ours without the compiled CPU kernels (what a machine without a C compiler
+gets); `plain`, the same
+network as a usual PyTorch loop (plain_loop.py); `plain-compiled`, that loop under torch.compile. The shape
+is fixed so
+that figures compare: V = 4,096, pattern L, heads of 64 channels, rows of 512 tokens, 16 rows a step, width
+64 a layer;
+`demo` instead of a depth is the CPU demo's (depth 4, width 128, rows of 256, 8 rows). The floor is FLOPs
+per token over the
+matrix rate that this machine reaches at these sizes, measured in the same process. Each configuration runs
+in a process
+of its own, in turns for --rounds, and the best step counts, so that other programs disturb little; the
+time to the first step is real, compilation included.
 """
 
 from __future__ import annotations
@@ -17,49 +25,71 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-VOCAB, HEAD_DIM, SEQUENCE_LEN, ROWS, ASPECT = 4096, 64, 512, 16, 64
+VOCAB = 4096
+SHAPE = {"aspect": 64, "head_dim": 64, "sequence_len": 512, "device_batch": 16}
+DEMO = {"aspect": 32, "head_dim": 32, "sequence_len": 256, "device_batch": 8}  # as scaling.RUNS["cpu-demo"]
+VARIANTS = ("ours", "torch", "plain", "plain-compiled")
 
 
-def measure(depth: int, dtype_name: str, steps: int) -> dict[str, float | int | str]:
+def measure(depth: str, dtype_name: str, variant: str, steps: int) -> dict[str, float | int | str]:
     """One configuration in this process: seconds to the first step, the best and the median step after it."""
     start = time.perf_counter()
     import torch
 
-    from nanochat import hardware, scaling
+    from nanochat import hardware, native, runtime, scaling
     from nanochat.gpt import GPT, GPTConfig
 
-    dtype = getattr(torch, dtype_name)
+    runtime.start("cpu", dtype_name)
+    dtype, shape = getattr(torch, dtype_name), DEMO if depth == "demo" else SHAPE
+    rows, length = shape["device_batch"], shape["sequence_len"]
     plan = scaling.plan(
-        depth, aspect=ASPECT, head_dim=HEAD_DIM, sequence_len=SEQUENCE_LEN, vocab_size=VOCAB,
-        window_pattern="L", num_steps=100, batch_tokens=ROWS * SEQUENCE_LEN, device_batch=ROWS,
+        4 if depth == "demo" else int(depth), vocab_size=VOCAB, window_pattern="L", num_steps=100,
+        batch_tokens=rows * length, **shape,
     )  # fmt: skip
     model = GPT(GPTConfig(**plan.config()), dtype)
     model.init_weights(1)
     optimizer = model.setup_optimizer(batch_tokens=plan.batch_tokens, weight_decay=plan.weight_decay)
-    ids = torch.randint(0, VOCAB, (ROWS, SEQUENCE_LEN + 1), generator=torch.Generator().manual_seed(0))
-    weights = torch.full((ROWS, SEQUENCE_LEN), 1 / (ROWS * SEQUENCE_LEN))
-    times, optimizer_times = [], []
+    ids = torch.randint(0, VOCAB, (rows, length + 1), generator=torch.Generator().manual_seed(0))
+    weights = torch.full((), 1 / (rows * length)).expand(rows, length)
+    if variant == "torch":
+        native._override = False
+    if variant.startswith("plain"):
+        forward, update = plain(model, optimizer, ids, variant == "plain-compiled")
+    else:
+
+        def forward() -> torch.Tensor:
+            return model.weighted_nll(model.hidden(ids[:, :-1]), ids[:, 1:], weights)
+
+        def update() -> None:
+            optimizer.reduce()
+            optimizer.update()
+            optimizer.zero_grad()
+
+    times, optimizer_times, losses = [], [], []
     for _ in range(steps + 1):
         begin = time.perf_counter()
-        model.weighted_nll(model.hidden(ids[:, :-1]), ids[:, 1:], weights).backward()
+        loss = forward()
+        loss.backward()
         middle = time.perf_counter()
-        optimizer.reduce()
-        optimizer.update()
-        optimizer.zero_grad()
+        update()
+        losses.append(loss.item())
         times.append(time.perf_counter() - begin)
         optimizer_times.append(time.perf_counter() - middle)
         if len(times) == 1:
             first = time.perf_counter() - start
     best = min(times[1:])
-    tokens = ROWS * SEQUENCE_LEN
+    tokens = rows * length
     flops, rate = model.estimate_flops(causal=True), hardware.matmul_rate(dtype, 1.0)
     return {
-        "depth": depth,
+        "depth": plan.depth,
         "width": plan.model_dim,
         "dtype": dtype_name,
+        "variant": variant,
         "threads": torch.get_num_threads(),
         "tokens_per_second": round(tokens / best),
         "median_tokens_per_second": round(tokens / sorted(times[1:])[steps // 2]),
@@ -68,7 +98,26 @@ def measure(depth: int, dtype_name: str, steps: int) -> dict[str, float | int | 
         "matmul_gflops": round(rate / 1e9, 1),
         "floor_tokens_per_second": round(rate / flops),
         "fraction_of_floor": round(tokens / best * flops / rate, 3),
+        "first_loss": round(losses[0], 5),
+        "last_loss": round(losses[-1], 5),
     }
+
+
+def plain(
+    model: Any, optimizer: Any, ids: Any, is_compiled: bool
+) -> tuple[Callable[[], Any], Callable[[], None]]:
+    """(forward, update) of the rival loop on the same parameters."""
+    import torch
+    from plain_loop import PlainOptimizer, loss_of
+
+    from nanochat.fused import rope_tables
+
+    size = model.config.n_embd // model.config.n_head
+    rope = rope_tables(torch.arange(ids.shape[1] - 1), size, model.compute_dtype)
+    run = torch.compile(loss_of) if is_compiled else loss_of
+    return lambda: run(model, ids[:, :-1], ids[:, 1:], *rope), PlainOptimizer(
+        optimizer.param_groups, torch.bfloat16 if model.compute_dtype == torch.bfloat16 else torch.float32
+    ).step
 
 
 def main() -> None:
@@ -79,18 +128,40 @@ def main() -> None:
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--csv", help="file to write, or auto for benchmarks/record/MACHINE/DATE-train.csv")
-    parser.add_argument("--one", nargs=2, metavar=("DEPTH", "DTYPE"), help=argparse.SUPPRESS)
+    parser.add_argument("--variants", default="ours,plain")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--one", nargs=3, metavar=("DEPTH", "DTYPE", "VARIANT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(int(args.one[0]), args.one[1], args.steps)))
+        sys.path.insert(0, str(ROOT))
+        print(json.dumps(measure(*args.one, args.steps)))
         return
     rows = []
     for depth in args.depths.split(","):
         for dtype in args.dtypes.split(","):
-            command = [sys.executable, __file__, "--one", depth, dtype, f"--steps={args.steps}"]
-            done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
-            print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+            found: dict[str, dict[str, Any]] = {}
+            for _ in range(args.rounds):
+                for variant in args.variants.split(","):
+                    command = [
+                        sys.executable,
+                        __file__,
+                        "--one",
+                        depth,
+                        dtype,
+                        variant,
+                        f"--steps={args.steps}",
+                    ]
+                    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+                    if done.returncode:
+                        raise SystemExit(done.stderr)
+                    row = json.loads(done.stdout.splitlines()[-1])
+                    if variant not in found or row["tokens_per_second"] > found[variant]["tokens_per_second"]:
+                        found[variant] = row
+            slowest = found.get("plain", {}).get("tokens_per_second")
+            for row in found.values():
+                row["times_plain"] = round(row["tokens_per_second"] / slowest, 2) if slowest else ""
+                rows.append(row)
+                print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     if args.csv:
         path = Path(args.csv) if args.csv != "auto" else record_path("train")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,36 +1,85 @@
 """Cross entropy of softcapped logits without ever holding all of them.
 
+Chunks of tokens; a chunk's logits become their own gradient in place, in kernels.c on a CPU, in Triton on
+a GPU (triton_loss.py), else by the PyTorch lines of `WeightedNLL`. Tests hold all three to fp64.
+
 Letters: N tokens, D width, V vocabulary (the head's table may be padded beyond it).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nanochat import native
+
 SOFTCAP = 15.0
 CHUNK_LOGITS = 1 << 24  # logits held at once on a GPU: 64 MB in fp32
-CPU_CHUNK_LOGITS = 1 << 20  # on a CPU: 4 MB stay in the cache
+# Logits of a chunk without and with a kernel that works in place: fp32 copies should stay in a CPU's
+# cache, while a GPU's products want many rows and the head's gradient few chunks.
+ON_CPU, ON_GPU = (1 << 20, 1 << 22), (CHUNK_LOGITS, 1 << 27)
 
 
-def weighted_nll(hidden: Tensor, head_VD: Tensor, targets: Tensor, weights: Tensor, vocab: int) -> Tensor:
+def weighted_nll(
+    hidden: Tensor,
+    head_VD: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    vocab: int,
+    cast_VD: Tensor | None = None,
+) -> Tensor:
     """sum(weights * nll) over the targets that are not -1 (fp32 scalar); the gradient is made with the value.
 
-    hidden (..., D); targets, weights (...).
+    hidden (..., D); targets, weights (...); cast_VD: the head in the dtype of hidden, if at hand.
     """
     hidden_ND = hidden.reshape(-1, hidden.shape[-1])
     targets_N, weights_N = targets.reshape(-1), weights.reshape(-1)
     if hidden.device.type == "cpu" and bool((targets_N < 0).any()):  # a GPU would have to synchronise
         keep = (targets_N >= 0).nonzero().squeeze(1)
         hidden_ND, targets_N, weights_N = hidden_ND[keep], targets_N[keep], weights_N[keep]
-    return WeightedNLL.apply(hidden_ND, head_VD, targets_N, weights_N, vocab)
+    return WeightedNLL.apply(hidden_ND, head_VD, targets_N, weights_N, vocab, cast_VD)
 
 
 def softcap(logits: Tensor) -> Tensor:
     """15 tanh(z / 15): logits stay within +-15 (Gemma 2, arXiv 2408.00118)."""
     return SOFTCAP * torch.tanh(logits / SOFTCAP)
+
+
+def _kernel(hidden: Tensor) -> Callable[[Tensor, Tensor, float, bool], Tensor] | None:
+    """(logits, targets, cap, wants gradient) -> nll, the logits overwritten by their gradient; None for
+    PyTorch."""
+    if native.ready(hidden):
+        return _native
+    if hidden.device.type != "cuda" or torch.compiler.is_compiling():
+        return None
+    from nanochat import triton_loss
+
+    return triton_loss.in_place if triton_loss.why_not(hidden.device, hidden.dtype) is None else None
+
+
+def _native(logits: Tensor, targets: Tensor, cap: float, wants_gradient: bool) -> Tensor:
+    nll_N = torch.empty(len(logits), dtype=torch.float32)
+    native.call(
+        "cross_entropy",
+        logits,
+        targets,
+        nll_N,
+        *logits.shape,
+        cap,
+        int(wants_gradient),
+        native.is_half(logits),
+    )
+    return nll_N
+
+
+def _wide_mm(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, summed and returned in at least fp32 where the device offers it."""
+    if a.device.type == "cuda" and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).to(torch.promote_types(a.dtype, torch.float32))
 
 
 class WeightedNLL(torch.autograd.Function):
@@ -51,16 +100,33 @@ class WeightedNLL(torch.autograd.Function):
         targets_N: Tensor,
         weights_N: Tensor,
         vocab: int,
+        cast_VD: Tensor | None,
     ) -> Tensor:
-        w_VD = head_VD[:vocab].to(hidden_ND.dtype)
+        w_VD = (head_VD if cast_VD is None else cast_VD)[:vocab].to(hidden_ND.dtype)
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         wants = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         total = torch.zeros((), device=hidden_ND.device, dtype=wide)
         grad_h = torch.empty_like(hidden_ND) if wants else None
         grad_w = torch.zeros_like(head_VD, dtype=wide) if wants else None
-        rows = max(1, (CPU_CHUNK_LOGITS if hidden_ND.device.type == "cpu" else CHUNK_LOGITS) // vocab)
+        kernel = _kernel(hidden_ND)
+        is_uniform = (
+            kernel is not None and weights_N.stride(0) == 0
+        )  # one weight for all: a factor at the end
+        ctx.factor = weights_N[0].to(wide) if is_uniform else None
+        small, large = ON_CPU if hidden_ND.device.type == "cpu" else ON_GPU
+        rows = max(1, (small if kernel is None else large) // vocab)
         for i in range(0, hidden_ND.shape[0], rows):
             h, y = hidden_ND[i : i + rows], targets_N[i : i + rows]
+            if kernel is not None:
+                d, w_N = h @ w_VD.T, weights_N[i : i + rows].to(wide)
+                total += (kernel(d, y.contiguous(), SOFTCAP, wants) * w_N).sum()
+                if grad_h is not None and grad_w is not None:
+                    torch.mm(d, w_VD, out=grad_h[i : i + rows])
+                    if not is_uniform:
+                        grad_h[i : i + rows].mul_(w_N.unsqueeze(1))
+                        h = h * w_N.unsqueeze(1).to(h.dtype)
+                    grad_w[:vocab] += _wide_mm(d.T, h)
+                continue
             w_N1 = weights_N[i : i + rows].masked_fill(y < 0, 0.0).unsqueeze(1).to(wide)
             y_N1 = y.clamp(min=0).unsqueeze(1)
             s = ((h * (2 / SOFTCAP)) @ w_VD.T).to(wide).sigmoid_()
@@ -81,4 +147,5 @@ class WeightedNLL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad.to(grad_h.dtype), grad_w * grad, None, None, None
+        grad = grad if ctx.factor is None else grad * ctx.factor
+        return grad_h * grad.to(grad_h.dtype), grad_w * grad, None, None, None, None

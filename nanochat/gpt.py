@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nanochat.cross_entropy import CHUNK_LOGITS, softcap, weighted_nll
 from nanochat.flash_attention import flash_attn
 from nanochat.fused import mix, norm, relu_squared, rope_tables, rotate_norm
+from nanochat.linear import Embedding, Linear
 from nanochat.scaling import flops_per_token, windows
 
 QK_SCALE = 1.2
@@ -67,30 +68,12 @@ class GPTConfig:
         return layer % 2 == (self.n_layer - 1) % 2
 
 
-class Linear(nn.Linear):
-    """Without bias; the fp32 master weight is cast to the activations' dtype."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
-
-    def reset_parameters(self) -> None:
-        """Left to GPT.init_weights."""
-
-
-class Embedding(nn.Embedding):
-    def reset_parameters(self) -> None:
-        """Left to GPT.init_weights; torch's own, on meta, imports its compiler for a second."""
-
-
 class Attention(nn.Module):
     """Causal attention with grouped key/value heads, RoPE, QK-norm and gated value embeddings."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.num_heads, self.num_kv_heads = layer, config.n_head, config.n_kv_head
+        self.num_heads, self.num_kv_heads = config.n_head, config.n_kv_head
         self.head_dim = config.n_embd // config.n_head
         kv_dim = self.num_kv_heads * self.head_dim
         self.c_q = Linear(config.n_embd, config.n_embd)
@@ -101,8 +84,9 @@ class Attention(nn.Module):
         self.ve_gate = Linear(VE_GATE_CHANNELS, self.num_kv_heads) if is_gated else None
 
     def forward(
-        self, x_BTD: Tensor, ve_BTC: Tensor | None, rope: tuple[Tensor, Tensor], attend: Attend, window: int
-    ) -> Tensor:
+        self, x_BTD: Tensor, ve_BTC: Tensor | None, rope: tuple[Tensor, Tensor], attend: Attend, layer: int,
+        window: int,
+    ) -> Tensor:  # fmt: skip
         B, T, D = x_BTD.shape
         q_BTHE = self.c_q(x_BTD).view(B, T, self.num_heads, self.head_dim)
         k_BTKE = self.c_k(x_BTD).view(B, T, self.num_kv_heads, self.head_dim)
@@ -112,7 +96,7 @@ class Attention(nn.Module):
             v_BTKE = torch.addcmul(v_BTKE, gate_BTK1, ve_BTC.view(B, T, self.num_kv_heads, self.head_dim))
         q_BTHE = rotate_norm(q_BTHE, *rope, QK_SCALE)
         k_BTKE = rotate_norm(k_BTKE, *rope, QK_SCALE)
-        y_BTHE = attend(self.layer, q_BTHE, k_BTKE, v_BTKE, window)
+        y_BTHE = attend(layer, q_BTHE, k_BTKE, v_BTKE, window)
         return self.c_proj(y_BTHE.reshape(B, T, D))
 
 
@@ -129,12 +113,20 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then MLP, each on the normed stream and added to it."""
+    """One layer: attention, then MLP, each on the normed stream and added to it. What `compile` compiles."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, x0: Tensor, a: Tensor, b: Tensor, ve: Tensor | None, rope: tuple[Tensor, Tensor],
+        attend: Attend, layer: int, window: int,
+    ) -> Tensor:  # fmt: skip
+        x = mix(x, x0, a, b)
+        x = x + self.attn(norm(x), ve, rope, attend, layer, window)
+        return x + self.mlp(norm(x))
 
 
 class GPT(nn.Module):
@@ -146,6 +138,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
+        self.is_compiled = self.is_checkpointed = False  # nanochat.train.speed sets them
         V, D, L = config.padded_vocab, config.n_embd, config.n_layer
         kv_dim = config.n_kv_head * (D // config.n_head)
         self.transformer = nn.ModuleDict(
@@ -238,14 +231,23 @@ class GPT(nn.Module):
         x0_BTD = x_mid_BTD = x_BTD
         rope = rope_tables(positions_BT, cfg.n_embd // cfg.n_head, dtype)
         for i, (block, window) in enumerate(zip(self.blocks, cfg.windows, strict=True)):
-            x_BTD = mix(x_BTD, x0_BTD, self.resid_lambdas[i], self.x0_lambdas[i])
             table = cast(nn.Embedding, self.value_embeds[str(i)]) if cfg.has_value_embedding(i) else None
             ve_BTC = None if table is None else F.embedding(ids_BT, table.weight).to(dtype)
-            x_BTD = x_BTD + block.attn(norm(x_BTD), ve_BTC, rope, attend, window)
-            x_BTD = x_BTD + block.mlp(norm(x_BTD))
+            # whole rows need no layer number; one for all keeps the compiled layers one graph
+            number = 0 if self.is_compiled and self.training else i
+            scalars = self.resid_lambdas[i], self.x0_lambdas[i]
+            x_BTD = self.run_block(block, x_BTD, x0_BTD, *scalars, ve_BTC, rope, attend, number, window)
             if i == cfg.n_layer // 2:
                 x_mid_BTD = x_BTD
         return norm(x_BTD - self.backout_lambda.to(dtype) * x_mid_BTD)
+
+    def run_block(self, block: Block, *arguments: Any) -> Tensor:
+        """One layer; with is_checkpointed its activations are made again in the backward pass, not kept."""
+        if self.is_checkpointed and self.training and torch.is_grad_enabled():
+            from torch.utils.checkpoint import checkpoint
+
+            return checkpoint(block, *arguments, use_reentrant=True, preserve_rng_state=False)
+        return block(*arguments)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Softcapped fp32 logits (..., V) of hidden states (..., D)."""
@@ -266,7 +268,8 @@ class GPT(nn.Module):
 
         hidden (..., D); targets, weights (...): the logits never exist as a whole.
         """
-        return weighted_nll(hidden, self.lm_head.weight, targets, weights, self.config.vocab_size)
+        (cast_VD,) = self.lm_head.cast(hidden.dtype)
+        return weighted_nll(hidden, self.lm_head.weight, targets, weights, self.config.vocab_size, cast_VD)
 
     # ------------------------------------------------------------------ the public forward
 

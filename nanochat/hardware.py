@@ -27,9 +27,16 @@ GPUS: list[tuple[str, dict[torch.dtype, float], float]] = [
 ]
 
 
+FP8_FACTOR = 2  # dense fp8 products to bf16's, on every GPU of the table that has them (sm_89 and later)
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Dense FLOP/s of one device in `dtype`: a GPU's by its data sheet, a CPU's measured, None if unknown."""
     if device.type == "cuda":
+        if dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+            bf16 = peak_flops(device, torch.bfloat16)
+            has_it = torch.cuda.get_device_capability(device) >= (8, 9)
+            return FP8_FACTOR * bf16 if bf16 and has_it else None
         name = torch.cuda.get_device_name(device)
         for key, rates, _ in GPUS:
             if key in name:

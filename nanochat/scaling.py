@@ -6,7 +6,7 @@ The rules, fitted at d12: batch ~ horizon^0.383, decay ~ sqrt(batch) / horizon, 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 REF_PARAMS = 110_100_912  # transformer matrices and head of the reference, d12
@@ -202,17 +202,58 @@ def num_shards(horizon_tokens: int, packing: str = "carry") -> int:
     return math.ceil(horizon_tokens / used) + 1
 
 
-def memory_bytes(p: Plan, bytes_per_value: int = 2) -> dict[str, float]:
-    """Bytes of one device in training: fp32 weights and gradients, moments shared by ranks, activations.
+def memory_bytes(
+    p: Plan, bytes_per_value: int = 2, *, is_checkpointed: bool = False, on_cpu: bool = False
+) -> dict[str, float]:
+    """Bytes of one device in training, by use; `peak_bytes` says what of it is needed at once.
 
-    Activations by layer and token: about 34 values of the width (eager); attention scores are not kept.
+    activations: what eager layers keep for their backward pass, counted by value and token (attention
+    scores are not
+    kept on a GPU; a CPU keeps its chunks of them). With is_checkpointed only each layer's input, and one
+    layer.
     """
-    tokens = p.device_batch * p.sequence_len
-    weights = 4.0 * p.params_total
+    tokens, width, kv = p.device_batch * p.sequence_len, p.model_dim, p.num_kv_heads * p.head_dim
+    counts = count_params(p.depth, p.model_dim, kv, p.num_kv_heads, p.vocab_size)
+    matrices, linears = counts["transformer_matrices"], counts["scaling"]
+    largest = max(4 * width * width * p.depth, 4.0 * width * width)  # of a stack that Muon updates at once
+    # Per token: input of mix, two norms, q, attention's output, relu^2 (4), and k, v, half of a value
+    # embedding
+    layer = (9 * width + 2.5 * kv) * bytes_per_value + 4.0 * (2 + p.num_heads + p.num_kv_heads + p.num_heads)
+    if on_cpu:  # copies of q, k, v by head, and the weights of attention
+        layer += (width + 2 * kv + 0.6 * p.num_heads * p.sequence_len) * bytes_per_value
+    ends = (4 * width) * bytes_per_value * tokens  # embeddings, smear, half-way state, the last norm
+    kept = (
+        (width * bytes_per_value * tokens * p.depth + layer * tokens)
+        if is_checkpointed
+        else layer * tokens * p.depth
+    )
+    chunk = 2.0**22 if on_cpu else 2.0**27  # logits at once, see cross_entropy.py
+    logits = min(chunk, tokens * p.vocab_size) * bytes_per_value
     return {
-        "weights": weights,
-        "gradients": weights,
-        "optimizer": 8.0 * p.params_total / p.world_size,
-        "activations": 34.0 * bytes_per_value * tokens * p.model_dim * p.depth,
-        "loss": 3.0 * 4 * 2**22 + 2.0 * 4 * p.vocab_size * p.model_dim,
+        "weights": 4.0 * p.params_total,
+        "casts": float(bytes_per_value * linears) if bytes_per_value < 4 else 0.0,
+        "optimizer": (4.0 * matrices + 8.0 * (p.params_total - matrices)) / p.world_size,
+        "communication": 4.0 * p.params_total if p.world_size > 1 else 0.0,
+        "activations": kept + ends,
+        "loss": logits + 2 * tokens * width * bytes_per_value + 4.0 * p.vocab_size * width,
+        "gradients": 4.0 * p.params_total,
+        "muon": 3 * 4.0 * largest / p.world_size,
     }
+
+
+def peak_bytes(memory: dict[str, float]) -> float:
+    """What is needed at once: always the first four, then the larger of the loss's moment and the
+    update's."""
+    always = sum(memory[name] for name in ("weights", "casts", "optimizer", "communication"))
+    return always + max(memory["activations"] + memory["loss"], memory["gradients"] + memory["muon"])
+
+
+def largest_device_batch(p: Plan, device_bytes: float, is_checkpointed: bool = False) -> int:
+    """The largest power of two of rows (at most 64) whose peak fits 92 % of a device; 0 if one row does
+    not."""
+    rows = 64
+    while rows and peak_bytes(
+        memory_bytes(replace(p, device_batch=rows), is_checkpointed=is_checkpointed)
+    ) > (0.92 * device_bytes):
+        rows //= 2
+    return rows

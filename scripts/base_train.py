@@ -53,6 +53,7 @@ class Settings:
     decay_scale: float = setting(1.0, "factor on the planned weight decay")
     warmup: int = setting(40, "warm-up steps")
     warmdown: float = setting(0.65, "share of the steps in the linear warm-down")
+    speed: str = setting("", "any of compile, checkpoint, fp8, with commas")
     primer: str | None = setting(None, "lessons before the embedded corpus: smoke or cpu-demo")
     packing: str = setting("carry", "carry (split and carry) or peer (cut and discard)")
     device: str | None = setting(None, "cpu, cuda or mps (default: what there is)")
@@ -128,13 +129,12 @@ def train(cfg: Settings, rt: runtime.Runtime) -> None:
             batch_tokens=plan.batch_tokens, lr_scale=cfg.lr_scale, smear_backout_lr=cfg.smear_lr,
             weight_decay=plan.weight_decay * cfg.decay_scale / cfg.lr_scale, lm_head_eps=cfg.lm_head_eps,
         )  # fmt: skip
-        T, B, N, A = cfg.sequence_len, cfg.device_batch, plan.num_steps, plan.accum
-        how: dict[str, Any] = {"sequence_len": T, "device_batch": B, "rt": rt}
+        T, N, A, held = cfg.sequence_len, plan.num_steps, plan.accum, cfg.eval_tokens // cfg.sequence_len or 1
+        how: Any = {"sequence_len": T, "device_batch": cfg.device_batch, "rt": rt}
         batches = partial(DocumentBatches, source, tok, policy=cfg.packing, accum=A, **how)
         rows = Primed(lessons, batches, tok, seed=cfg.seed, accum=A, **how)
         rt.say(f"base: {rows.num_primer_steps} steps of lessons, then {N} of documents")
-        num_rows = cfg.eval_every and max(1, cfg.eval_tokens // T)
-        fixed = validation_batches(source, tok, num_rows=num_rows, **how) if num_rows else ()
+        fixed = validation_batches(source, tok, num_rows=held, **how) if cfg.eval_every else ()
         run_stage(
             stage, cfg, model, optimizer, rows.batches, num_steps=rows.num_primer_steps + N, accum=A,
             schedule=partial(pretraining_rates, rows.num_primer_steps, N, cfg.warmup, cfg.warmdown),

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         raise errors.UserError(str(error), "change that flag") from error
     on_cpu = cfg.run in ("smoke", "cpu-demo")
-    memory = scaling.memory_bytes(p, 4 if on_cpu else 2)
+    memory = scaling.memory_bytes(p, 4 if on_cpu else 2, on_cpu=on_cpu)
     rate = cfg.flops_rate or (CPU_RATE if on_cpu else H100_BF16)
     hours = p.total_flops / (rate * cfg.gpus) / 3600
     lines = [
@@ -76,8 +76,8 @@ def main(argv: list[str] | None = None) -> None:
         ("FLOPs", f"{p.total_flops:.3g}", f"{p.flops_per_token:.3g} per token: 6 P + 12 D sum(window)"),
         (
             "memory",
-            f"{sum(memory.values()) / 2**30:.1f} GiB",
-            "per device: " + ", ".join(f"{k} {v / 2**30:.2f}" for k, v in memory.items()),
+            f"{scaling.peak_bytes(memory) / 2**30:.1f} GiB",
+            "per device, at its peak: " + ", ".join(f"{k} {v / 2**30:.2f}" for k, v in memory.items()),
         ),
         (
             "time",
@@ -87,6 +87,16 @@ def main(argv: list[str] | None = None) -> None:
         ("price", "your electricity" if on_cpu else f"${hours * cfg.gpus * cfg.price:,.0f}", "base training"),
     ]
     if not on_cpu:
+        fits = []
+        for gigabytes in (24, 80, 141):
+            rows = scaling.largest_device_batch(p, gigabytes * 1e9)
+            saving = scaling.largest_device_batch(p, gigabytes * 1e9, is_checkpointed=True)
+            fits.append(f"{gigabytes} GB: {rows or 'none'} (checkpointed: {saving or 'none'})")
+        lines.append(("rows", "that fit", "of a device with " + ", ".join(fits)))
+        if not scaling.largest_device_batch(p, 80e9, is_checkpointed=True):
+            lines.append(
+                ("limit", "too large", "weights are whole on each device here; see docs/multinode.md")
+            )
         shards = scaling.num_shards(p.horizon_tokens)
         lines.append(("shards", shards, f"of ClimbMix, read once: about {shards / 10:.0f} GB of disk"))
     width = max(len(str(value)) for _, value, _ in lines[1:])

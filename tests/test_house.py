@@ -27,8 +27,20 @@ LAYERS = [
     {"models"},
     {"lora"},
     {"gpt", "optim", "data"},
-    {"flash_attention", "tokenizer", "checkpoint", "bpe", "fp8", "cross_entropy", "fused"},
-    {"chat", "scaling", "config", "runtime", "paths", "hardware", "errors", "storage"},
+    {"flash_attention", "tokenizer", "checkpoint", "bpe", "linear", "cross_entropy", "fused"},
+    {
+        "chat",
+        "scaling",
+        "config",
+        "runtime",
+        "paths",
+        "hardware",
+        "errors",
+        "storage",
+        "native",
+        "fp8",
+        "triton_loss",
+    },
 ]
 EXCEPTIONS = {("gpt", "optim")}  # GPT.setup_optimizer, inside the method
 NO_TORCH = ["chat", "scaling", "config", "paths", "errors", "storage", "checkpoint"]

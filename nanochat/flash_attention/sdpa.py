@@ -3,7 +3,7 @@
 Full causal attention is one fused call without a mask. A window is cut into chunks of queries, each against
 the keys that it can see, so that it costs O(T * (chunk + left)) in time and memory and no T x T mask exists.
 Packed documents are separate calls on a CPU, chunks with a mask per row elsewhere. It leaves out skipping the
-masked part of a chunk: flex does that.
+masked part of a chunk: flex does that. Training on a CPU goes through dense.py where a C compiler exists.
 
 Letters: B rows, T queries, S keys, H query heads, K key/value heads, E head size.
 """
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nanochat.flash_attention import dense
 from nanochat.flash_attention.cache import Cache
 from nanochat.flash_attention.intervals import Docs, Limit, intervals, keep
 
@@ -37,6 +38,8 @@ def attend(
     num_queries, num_keys = q_BTHE.shape[1], k_BSKE.shape[1]
     left = num_keys if left is None else left
     right = num_keys if right is None else right
+    if dense.suits(q_BTHE, k_BSKE, v_BSKE):
+        return dense.attend(q_BTHE, k_BSKE, v_BSKE, left, right, doc_start_BT)
     if doc_start_BT is None:
         unseen = max(0, num_keys - num_queries - left)  # old keys, out of every query's window
         if unseen:

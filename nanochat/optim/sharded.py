@@ -2,7 +2,10 @@
 
 Each unit (one shape of Muon matrices, one large AdamW tensor, or the small AdamW tensors of a group) goes
 through reduce -> update -> gather. One process, gloo and NCCL share the path; alone, a unit works on the
-parameters and their gradients directly and needs no buffers. Left out: overlap with the backward pass.
+parameters and their gradients directly and needs no buffers. With several ranks the last backward pass of
+a step starts
+each unit's reduction as soon as its gradients are complete (`overlap`). Left out: gathers under the next
+forward.
 """
 
 import itertools
@@ -15,8 +18,10 @@ import torch
 import torch.distributed as dist
 
 from nanochat.optim import adamw, muon
+from nanochat.optim.prepare import parse, prepared
 
 Named = list[tuple[str, torch.Tensor]]
+PARTS = 4  # of a stack of matrices, over the backward pass
 REPLICATED_BELOW = 1024  # elements; smaller AdamW tensors are all-reduced and updated on every rank
 
 
@@ -89,6 +94,8 @@ class Unit:
             self.mine = [part.view_as(t) for part, t in zip(parts, targets)]
         self.grads: list[torch.Tensor] = []
         self.work: Any = None
+        self.is_started = False
+        self.missing = 0  # gradients that the last backward pass still owes
 
     def targets(self) -> list[torch.Tensor]:
         """The pieces of the parameters that this rank updates."""
@@ -100,6 +107,7 @@ class Unit:
         if self.full is None:
             self.grads = [g.reshape(t.shape) for g, t in zip(grads, self.targets())]
             return
+        self.is_started = True
         self.padding.zero_()
         torch._foreach_copy_(self.slots, [g.reshape(-1) for g in grads])
         start = self.ranks.reduce_scatter if self.is_sharded else self.ranks.all_reduce
@@ -110,6 +118,7 @@ class Unit:
         if self.full is not None:
             self.work.wait()
             self.grads = self.mine
+        self.is_started = False
         return self.grads
 
     def gather(self) -> None:
@@ -178,11 +187,24 @@ def units_of(group: dict[str, Any], ranks: Ranks) -> list[MuonUnit | AdamWUnit]:
     named = list(zip(group["param_names"], group["params"]))
     if group["kind"] == "muon":
         shapes = dict.fromkeys(p.shape for _, p in named)
-        return [MuonUnit(group, [(n, p) for n, p in named if p.shape == shape], ranks) for shape in shapes]
+        stacks = [[(n, p) for n, p in named if p.shape == shape] for shape in shapes]
+        return [MuonUnit(group, part, ranks) for stack in stacks for part in parts_of(stack, ranks.size)]
     whole = [(n, p) for n, p in named if ranks.size == 1 or p.numel() < REPLICATED_BELOW]
     names = {n for n, _ in whole}
     units = [AdamWUnit(group, [(n, p)], ranks, is_sharded=True) for n, p in named if n not in names]
     return [*units, AdamWUnit(group, whole, ranks, is_sharded=False)] if whole else [*units]
+
+
+def parts_of(stack: Named, num_ranks: int) -> list[Named]:
+    """Parts of a stack whose gradients come at different times: the last layers' first; alone, one part.
+
+    Every part but the one of the first layers is a multiple of the ranks, so that little is padded.
+    """
+    size = num_ranks * max(1, math.ceil(len(stack) / (PARTS * num_ranks)))
+    if num_ranks == 1 or size >= len(stack):
+        return [stack]
+    ends = list(range(len(stack), 0, -size))
+    return [stack[max(0, end - size) : end] for end in ends]
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -205,6 +227,49 @@ class MuonAdamW(torch.optim.Optimizer):
         units = [unit for group in self.param_groups for unit in units_of(group, self.ranks)]
         self.units = sorted(units, key=lambda unit: -unit.numel)  # the longest transfers start first
         self.is_reduced = False
+        self.is_overlapping, self.is_ordered = False, False
+        self.completed: list[
+            Unit
+        ] = []  # units in the order in which the first overlapped pass completed them
+        if self.ranks.size > 1:
+            for unit in self.units:
+                for p in unit.params:
+                    p.register_post_accumulate_grad_hook(lambda p, unit=unit: self._arrived(unit))
+
+    def overlap(self) -> None:
+        """Call before the last backward pass of a step: reductions then start while it runs; reduce() ends
+        them.
+
+        The order of collectives must be the same on all ranks: a unit waits for those before it, in an
+        order that rank 0 observes in the first such pass. Nothing to do for one process.
+        """
+        self.is_overlapping = self.ranks.size > 1
+        for unit in self.units:
+            unit.missing = len(unit.params)
+
+    def _arrived(self, complete: Unit) -> None:
+        """One more gradient of this unit is complete."""
+        if not self.is_overlapping:
+            return
+        complete.missing -= 1
+        if not self.is_ordered:
+            self.completed += [complete] * (complete.missing == 0)
+            return
+        with torch.no_grad():
+            for unit in self.units:
+                if not unit.is_started:
+                    if unit.missing > 0:
+                        return
+                    unit.reduce()
+
+    def _order(self) -> None:
+        """After the first overlapped pass: the order of the units that rank 0 saw, on all ranks."""
+        first = {id(unit): i for i, unit in enumerate(self.completed)}
+        numbers = sorted(range(len(self.units)), key=lambda i: first.get(id(self.units[i]), len(first)))
+        order = torch.tensor(numbers, device=self.units[0].params[0].device)
+        dist.broadcast(order, src=0)
+        self.units = [self.units[i] for i in order.tolist()]
+        self.is_ordered = True
 
     # These two replace torch's own, which would import torch._dynamo: 1.6 s on a 2-core CPU.
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -226,7 +291,11 @@ class MuonAdamW(torch.optim.Optimizer):
         Consumes p.grad: alone, `scale` is applied to it in place.
         """
         for unit in self.units:
-            unit.reduce()
+            if not unit.is_started:
+                unit.reduce()
+        if self.is_overlapping and not self.is_ordered:
+            self._order()
+        self.is_overlapping = False
         factor = scale / self.ranks.size
         sum_sq = self.units[0].params[0].new_zeros(())
         for unit in self.units:
@@ -320,40 +389,3 @@ class MuonAdamW(torch.optim.Optimizer):
         self.load_state_arrays({k: v.cpu().numpy() for k, v in state_dict["state"].items()})
         for group, options in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(options)
-
-
-def prepared(group: dict[str, Any], index: int) -> dict[str, Any]:
-    """The group with defaults, named parameters and initial values; ValueError when it cannot work."""
-    defaults = {"muon": muon.DEFAULTS, "adamw": adamw.DEFAULTS}.get(group.get("kind", ""))
-    if defaults is None:
-        raise ValueError(f'group {index}: kind must be "muon" or "adamw", got {group.get("kind")!r}')
-    if "lr" not in group:
-        raise ValueError(f"group {index}: lr is missing")
-    given = [group["params"]] if isinstance(group["params"], torch.Tensor) else list(group["params"])
-    pairs = [pair if isinstance(pair, tuple) else (f"{index}/{i}", pair) for i, pair in enumerate(given)]
-    is_muon = group["kind"] == "muon"
-    if not pairs:
-        raise ValueError(f"group {index}: no parameters; leave the group out")
-    for name, p in pairs:
-        if p.dtype != torch.float32 or not p.is_contiguous():
-            raise ValueError(f"{name}: weights must be contiguous float32, got {p.dtype}, {p.stride()}")
-        if is_muon and p.ndim != 2:
-            raise ValueError(f"{name}: Muon needs matrices, got shape {tuple(p.shape)}; use an adamw group")
-    names, params = [name for name, _ in pairs], [p for _, p in pairs]
-    group = {**defaults, **group, "params": params, "param_names": names}
-    group.setdefault("initial_lr", group["lr"])
-    group.setdefault("initial_weight_decay", group["weight_decay"])
-    most = len(muon.POLAR_EXPRESS)
-    if is_muon and group["ns_dtype"] not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"group {index}: ns_dtype must be float32 or bfloat16, got {group['ns_dtype']}")
-    if is_muon and not 1 <= group["ns_steps"] <= most:
-        raise ValueError(f"group {index}: ns_steps must be 1 to {most}, got {group['ns_steps']}")
-    return group
-
-
-def parse(name: str, array: np.ndarray) -> tuple[str, int, tuple[int, ...]]:
-    """(key, offset, full shape) of an entry of state_arrays."""
-    moment, parameter, *where = name.split("|")
-    if not where:
-        return name, 0, array.shape
-    return f"{moment}|{parameter}", int(where[0]), tuple(int(size) for size in where[1].split("x"))

@@ -29,6 +29,7 @@ from nanochat.optim.schedule import (
 )
 from nanochat.runtime import Runtime
 from nanochat.train.gate import Gate, LossScale
+from nanochat.train.watch import Watch
 
 MAX_EMPTY_STEPS = 10  # steps in a row without a target (SFT, RL) before it is an error
 
@@ -171,6 +172,7 @@ def fit(
     if rt.dtype == torch.float16 and state.loss_scale is None:
         state.loss_scale = LossScale()
     rows: Iterator[Any] = iter(batches)
+    watch = Watch(rt)
     model.train()
     gc.collect()
     gc.freeze()
@@ -178,7 +180,8 @@ def fit(
     try:
         with Signals() as signals:
             while state.step < num_steps:
-                _step(model, optimizer, rows, accum, schedule(state.step), rt, state, allow_empty)
+                with watch.step(state.step):
+                    _step(model, optimizer, rows, accum, schedule(state.step), rt, state, allow_empty, watch)
                 state.step += 1
                 state.stopping = rt.any(signals.received is not None)
                 for hook in hooks:
@@ -203,6 +206,7 @@ def _step(
     rt: Runtime,
     state: TrainState,
     allow_empty: bool,
+    watch: Watch,
 ) -> None:
     start = time.perf_counter()
     micro = list(islice(rows, accum))
@@ -211,6 +215,7 @@ def _step(
         raise UserError(
             f"the data ended at step {state.step} of {state.num_steps}", "ask for fewer steps or more epochs"
         )
+    watch.mark(state.step, 1)
     counts = torch.tensor(
         [sum(b.num_targets for b in micro), sum(b.inputs_BT.numel() for b in micro)], dtype=torch.float64
     )
@@ -233,8 +238,11 @@ def _step(
             else:
                 weights_BT = batch.weights_BT * unit
             part = model.weighted_nll(hidden, batch.targets_BT, weights_BT)
+            if rt.world_size > 1 and batch is micro[-1]:
+                optimizer.overlap()
             part.backward()
             loss += part.detach()
+        watch.mark(state.step, 2)
         norm = optimizer.reduce(scale=1.0 / loss_scale)
         state.loss = float(rt.sum(loss)) / (loss_scale * rt.world_size)
         state.grad_norm = float(norm)

@@ -13,6 +13,7 @@ from nanochat import checkpoint, hardware
 from nanochat.data.loader import packing_facts
 from nanochat.errors import INTERRUPTED_CODE, Interrupted
 from nanochat.paths import write_json
+from nanochat.train import speed
 from nanochat.train.log import Metrics, TrainLog, open_wandb
 from nanochat.train.loop import Hook, Rates, TrainState, every, fit
 from nanochat.train.stage import Saver, Stage, resume
@@ -42,6 +43,7 @@ def run_stage(
     is made up for.
     """
     rt, state = stage.rt, TrainState()
+    speed.apply(model, getattr(cfg, "speed", ""), rt)
     resumed_from = resume(stage, cfg.resume, model, optimizer, state)
     state.metrics = Metrics(stage.metrics_file, state.step)
     peak = hardware.peak_flops(rt.device, rt.dtype)

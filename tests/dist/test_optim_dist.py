@@ -1,4 +1,4 @@
-"""MuonAdamW on 2 and 3 gloo processes against one process on averaged gradients; state across world sizes."""
+"""MuonAdamW on 2, 3 and 4 gloo processes against one process on averaged gradients; state across world sizes."""
 
 from pathlib import Path
 
@@ -53,9 +53,9 @@ def numpy_of(params: dict[str, torch.nn.Parameter]) -> dict[str, np.ndarray]:
 
 
 def child(rank: int, folder: Path) -> None:
-    """Be a rank of 2, then of 3: the processes are shared because importing torch is what takes time."""
+    """Be a rank of 2, then of 3 and 4: the processes are shared because importing torch is what takes time."""
     torch.set_num_threads(1)
-    for size in (2, 3):
+    for size in (2, 3, 4):
         if rank < size:
             init = f"file://{folder}/store-{size}"
             dist.init_process_group("gloo", init_method=init, rank=rank, world_size=size)
@@ -77,6 +77,8 @@ def run_rank(rank: int, size: int, folder: Path, foreign: dict[str, np.ndarray])
     np.savez(folder / f"trained-{rank}.npz", **numpy_of(params), norms=norms)
     np.savez(folder / f"state-{rank}.npz", **state)
 
+    overlapped(rank, size, folder)
+
     weights = numpy_of(params)
     grads = make_grads(7, rank)
     if rank == size - 1:
@@ -92,6 +94,36 @@ def run_rank(rank: int, size: int, folder: Path, foreign: dict[str, np.ndarray])
     set_grads(params, make_grads(9, rank))
     opt.step()
     np.savez(folder / f"continued-{rank}.npz", **numpy_of(params))
+
+
+def loss_of(params: dict[str, torch.nn.Parameter], data: torch.Tensor) -> torch.Tensor:
+    """Uses the parameters one after the other, so that their gradients come in the reverse order."""
+    total = torch.zeros(())
+    for i, p in enumerate(params.values()):
+        total = (total + (p * data[i]).sin().sum()).tanh() + 0.1 * (p * data[i]).sum()
+    return total
+
+
+def make_data(step: int, rank: int, micro: int) -> torch.Tensor:
+    gen = torch.Generator().manual_seed(1000 * step + 10 * rank + micro)
+    return torch.randn(len(SHAPES), generator=gen)
+
+
+def overlapped(rank: int, size: int, folder: Path) -> None:
+    """Backward passes with reductions that start inside, two micro-batches a step; rank 1 leaves a parameter out."""
+    params, opt = make(seed=3)
+    early = []
+    for step in range(STEPS):
+        for micro in range(2):
+            used = {n: p for n, p in params.items() if not (step == 2 and rank == 1 and n == UNUSED)}
+            data = make_data(step, rank, micro)
+            if micro == 1:
+                opt.overlap()
+            loss_of(used, data).backward()
+        early.append(sum(unit.is_started for unit in opt.units))
+        opt.step()
+        opt.zero_grad()
+    np.savez(folder / f"overlapped-{rank}.npz", **numpy_of(params), early=early)
 
 
 def merged(folder: Path, stem: str, size: int) -> dict[str, np.ndarray]:
@@ -126,18 +158,18 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Results of both world sizes; 2 ranks continue from the state of one process, 3 from that of the 2."""
+    """Results of both world sizes; 2 ranks continue from the state of one process, 3 from that of the 2, 4 from that of the 3."""
     root = tmp_path_factory.mktemp("ranks")
-    for size in (1, 2, 3):
+    for size in (1, 2, 3, 4):
         (root / str(size)).mkdir()
     np.savez(root / "1" / "resliced-0.npz", **train_alone(1)[1].state_arrays())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        mp.spawn(child, (root,), nprocs=3)
+        mp.spawn(child, (root,), nprocs=4)
     return root
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, 3, 4])
 def test_ranks_equal_one_process_on_averaged_gradients(root, size):
     params, opt, norms = train_alone(size)
     for rank in range(size):
@@ -154,7 +186,31 @@ def test_ranks_equal_one_process_on_averaged_gradients(root, size):
         assert relative(twin.state_arrays()[key], array) < 2e-6, key
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_reductions_inside_the_backward_pass_change_nothing(root, size):
+    """Equal to one process on averaged gradients; from the second step on they do start early."""
+    params, opt = make(seed=3)
+    for step in range(STEPS):
+        sums = {name: torch.zeros_like(p) for name, p in params.items()}
+        for rank in range(size):
+            used = {n: p for n, p in params.items() if not (step == 2 and rank == 1 and n == UNUSED)}
+            for micro in range(2):
+                opt.zero_grad()
+                loss_of(used, make_data(step, rank, micro)).backward()
+                for name, p in used.items():
+                    sums[name] += p.grad / size
+        set_grads(params, sums)
+        opt.step()
+    for rank in range(size):
+        with np.load(root / str(size) / f"overlapped-{rank}.npz") as file:
+            early = file["early"].tolist()
+            for key, array in numpy_of(params).items():
+                assert relative(file[key], array) < 1e-6, key
+        assert early[0] == 0 and early[1] >= 8 and 0 < early[2] <= early[1]
+    assert early[2] < early[1] or rank != 1, "a missing gradient holds back what comes after it"
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
 def test_state_is_sharded(root, size):
     """No rank keeps more than its share of the large tensors: ceil(n / ranks) matrices or elements."""
     whole = sum(array.size for array in merged(root / "1", "resliced", 1).values())
@@ -162,8 +218,8 @@ def test_state_is_sharded(root, size):
         assert 0 < sum(file[key].size for key in file.files) <= 1.2 * whole / size
 
 
-def test_state_goes_through_1_2_3_1_ranks_unchanged(root):
-    one, two, three = (merged(root / str(size), "resliced", size) for size in (1, 2, 3))
+def test_state_goes_through_1_2_3_4_1_ranks_unchanged(root):
+    one, two, three = (merged(root / str(size), "resliced", size) for size in (1, 2, 4))
     assert one.keys() != two.keys() != three.keys()
     opt = make(seed=2)[1]
     opt.load_state_arrays(three)
@@ -172,7 +228,7 @@ def test_state_goes_through_1_2_3_1_ranks_unchanged(root):
     assert all(np.array_equal(back[key], array) for key, array in one.items())
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, 3, 4])
 def test_a_foreign_state_continues_as_its_own(root, size):
     params, opt = make(seed=1)
     opt.load_state_arrays(merged(root / "1", "resliced", 1))
