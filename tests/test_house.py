@@ -115,7 +115,7 @@ def test_files_are_small() -> None:
     }
     long = {str(p): n for p, n in lines.items() if n >= (150 if p.parts[0] == "scripts" else 400)}
     assert not long, long
-    assert sum(lines.values()) < 20_000, sum(lines.values())
+    assert sum(lines.values()) < 24_000, sum(lines.values())
 
 
 def test_every_file_says_what_it_does() -> None:
