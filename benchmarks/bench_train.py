@@ -2,18 +2,14 @@
 
     python benchmarks/bench_train.py --depths=4,6 --dtypes=float32,bfloat16 --csv=auto
 
-Variants: `ours`; `torch`, ours without the compiled CPU kernels (what a machine without a C compiler
-gets); `plain`, the same
-network as a usual PyTorch loop (plain_loop.py); `plain-compiled`, that loop under torch.compile. The shape
-is fixed so
-that figures compare: V = 4,096, pattern L, heads of 64 channels, rows of 512 tokens, 16 rows a step, width
-64 a layer;
-`demo` instead of a depth is the CPU demo's (depth 4, width 128, rows of 256, 8 rows). The floor is FLOPs
-per token over the
-matrix rate that this machine reaches at these sizes, measured in the same process. Each configuration runs
-in a process
-of its own, in turns for --rounds, and the best step counts, so that other programs disturb little; the
-time to the first step is real, compilation included.
+Variants: `ours`; `torch`, ours without the compiled CPU kernels (what a machine without a C compiler gets);
+`plain`, the same network as a usual PyTorch loop (plain_loop.py); `plain-compiled`, that loop under
+torch.compile. The shape is fixed so that figures compare: V = 4,096, pattern L, heads of 64 channels, rows of
+512 tokens, 16 rows a step, width 64 a layer; `demo` instead of a depth is the CPU demo's (depth 4, width 128,
+rows of 256, 8 rows). The floor is FLOPs per token over the matrix rate that this machine reaches at these
+sizes, measured in the same process. Each configuration runs in a process of its own, in turns for --rounds,
+and the best step counts, so that other programs disturb little; the time to the first step is real,
+compilation included.
 """
 
 from __future__ import annotations
