@@ -51,6 +51,7 @@ os._exit(code)
 
 
 @pytest.mark.parametrize("how", ["dies", "hangs"])
+@pytest.mark.slow
 def test_the_others_end_in_time_and_name_it(how: str, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

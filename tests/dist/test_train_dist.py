@@ -51,6 +51,7 @@ def torchrun(root: Path, tag: str, *flags: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_and_one_continues_them(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Twice the accumulation on one rank: the same rows, so the same losses, gradients and validation."""
     said = torchrun(root, "two")
