@@ -235,6 +235,18 @@ static inline void visible(int64_t i, int64_t queries, int64_t per_row, int64_t 
     *last = hi < keys - 1 ? hi : keys - 1;
 }
 
+/* Zeros where a row sees no key; how many it sees, from `first` to `last`. */
+static inline int64_t clear_hidden(char *row, int64_t first, int64_t last, int64_t keys, int half) {
+    int64_t size = half ? 2 : 4;
+    if (last < first) {
+        memset(row, 0, (size_t)(keys * size));
+        return 0;
+    }
+    memset(row, 0, (size_t)(first * size));
+    memset(row + (last + 1) * size, 0, (size_t)((keys - last - 1) * size));
+    return last - first + 1;
+}
+
 /* scores -> softmax(scale * scores) over the visible keys, 0 elsewhere; in place. per_row: rows of scores for one
  * row of the batch; start: first visible key by (batch row, query), or NULL. */
 EXPORT void softmax_forward(void *scores, int64_t rows, int64_t queries, int64_t per_row, int64_t keys,
@@ -247,13 +259,8 @@ EXPORT void softmax_forward(void *scores, int64_t rows, int64_t queries, int64_t
             int64_t first, last;
             visible(i, queries, per_row, keys, past, left, right, start, stride, &first, &last);
             char *row = ROW(scores, i, keys, half);
-            int64_t n = last - first + 1, size = half ? 2 : 4;
-            if (n <= 0) {
-                memset(row, 0, (size_t)(keys * size));
-                continue;
-            }
-            memset(row, 0, (size_t)(first * size));
-            memset(row + (last + 1) * size, 0, (size_t)((keys - last - 1) * size));
+            int64_t n = clear_hidden(row, first, last, keys, half), size = half ? 2 : 4;
+            if (n <= 0) continue;
             load(row + first * size, a, n, half);
             float largest = a[0], sum = 0;
             for (int64_t j = 0; j < n; j++) largest = a[j] > largest ? a[j] : largest;
@@ -278,13 +285,8 @@ EXPORT void softmax_backward(const void *p, void *dp, int64_t rows, int64_t quer
             int64_t first, last;
             visible(i, queries, per_row, keys, past, left, right, start, stride, &first, &last);
             char *row = ROW(dp, i, keys, half);
-            int64_t n = last - first + 1, size = half ? 2 : 4;
-            if (n <= 0) {
-                memset(row, 0, (size_t)(keys * size));
-                continue;
-            }
-            memset(row, 0, (size_t)(first * size));
-            memset(row + (last + 1) * size, 0, (size_t)((keys - last - 1) * size));
+            int64_t n = clear_hidden(row, first, last, keys, half), size = half ? 2 : 4;
+            if (n <= 0) continue;
             load((const char *)ROW(p, i, keys, half) + first * size, a, n, half);
             load(row + first * size, b, n, half);
             float sum = 0;

@@ -38,7 +38,7 @@ PRESETS = {name: replace(Settings(run=name), **values) for name, values in scali
 PRESETS["speedrun"] = replace(PRESETS["speedrun"], gpus=8)
 STORY = {
     "smoke": "a few steps on the embedded corpus, to see that everything works; nothing is learnt",
-    "cpu-demo": "offline, on the embedded corpus: base, mid-training, SFT and RL on this CPU; about 0.2 GB of disk",
+    "cpu-demo": "offline, on the embedded corpus: base, mid, SFT and RL on this CPU; about 0.2 GB of disk",
     "single-gpu": "ClimbMix from the hub, SmolTalk mixture",
     "speedrun": "ClimbMix from the hub, SmolTalk mixture",
 }

@@ -20,12 +20,9 @@ import torch
 from nanochat.data.loader import Batch
 from nanochat.errors import UserError
 from nanochat.gpt import GPTConfig
-from nanochat.models import build, check_tokenizer
-from nanochat.optim.groups import LM_HEAD_EPS
+from nanochat.models import build
 from nanochat.optim.schedule import linear_to_zero, post_training_momentum
-from nanochat.paths import Home
 from nanochat.runtime import Runtime
-from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.hooks import samples
 from nanochat.train.keep import load_model_arrays
 from nanochat.train.loop import Rates, TrainState
@@ -33,7 +30,7 @@ from nanochat.train.policy import log_probs
 from nanochat.train.rollout import Row, blank_batch, make_batch
 from nanochat.train.run import run_stage
 from nanochat.train.stage import open_stage
-from nanochat.train.tune import SMEAR_LR, find_parent, parent_arrays, split
+from nanochat.train.tune import next_optimizer, parent_arrays, split, start_from
 
 PARENTS = ("sft", "mid")
 RATES = {"wte_lr": 0.2, "lm_head_lr": 0.004, "matrix_lr": 0.02}  # mid-training's
@@ -132,12 +129,8 @@ def _facts(sums: torch.Tensor) -> dict[str, float]:
 
 def prefer(cfg: Any, rt: Runtime, records: Sequence[dict[str, Any]]) -> None:
     """Train the stage "dpo" on preference records from the newest SFT (or mid) checkpoint."""
-    home = Home.find(cfg.home)
-    tok = RustBPETokenizer.from_directory(home.tokenizer_dir)
-    parent = find_parent(home, cfg.tag, PARENTS)
-    check_tokenizer(tok, parent.meta)
-    name = [parent.meta["stage"], parent.meta["key"], parent.step]
-    with open_stage("dpo", cfg, rt, {"tokenizer": tok.fingerprint(), "parent": name}) as stage:
+    tok, parent, inputs = start_from(cfg, PARENTS)
+    with open_stage("dpo", cfg, rt, inputs) as stage:
         if stage.finished:
             rt.say(f"dpo: already finished, preferred {stage.finished.get('val_preferred_frac')}")
             return
@@ -156,11 +149,7 @@ def prefer(cfg: Any, rt: Runtime, records: Sequence[dict[str, Any]]) -> None:
         model, reference = build(shape, rt), build(shape, rt)
         for each in (model, reference):
             load_model_arrays(each, parent_arrays(parent))
-        optimizer = model.setup_optimizer(
-            batch_tokens=base["batch_tokens"], weight_decay=0.0, lr_scale=cfg.lr_scale * base["lr_scale"],
-            smear_backout_lr=base.get("smear_lr", SMEAR_LR) * cfg.lr_scale,
-            lm_head_eps=base.get("lm_head_eps", LM_HEAD_EPS), **RATES,
-        )  # fmt: skip
+        optimizer = next_optimizer(model, base, cfg.lr_scale, smear_scale=cfg.lr_scale, **RATES)
         how: dict[str, Any] = {"per_step": cfg.pairs, "device_batch": cfg.device_batch, "beta": cfg.beta}
         current: list[PairBatches] = []
 
@@ -191,5 +180,5 @@ def prefer(cfg: Any, rt: Runtime, records: Sequence[dict[str, Any]]) -> None:
             schedule=lambda s: Rates(linear_to_zero(s, num_steps), post_training_momentum(s, num_steps)),
             evaluate=evaluate, sample=samples(model, tok, (), rt), flops_per_token=model.estimate_flops(),
             recipe=base, first=[record],
-            result={"parent": name, "pairs": len(encoded[0]), "pairs_dropped": dropped},
+            result={"parent": inputs["parent"], "pairs": len(encoded[0]), "pairs_dropped": dropped},
         )  # fmt: skip

@@ -9,19 +9,16 @@ from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.eval.chat import evaluate_task
 from nanochat.gpt import GPTConfig
-from nanochat.models import build, check_tokenizer
-from nanochat.optim.groups import LM_HEAD_EPS
+from nanochat.models import build
 from nanochat.optim.schedule import linear_to_zero
-from nanochat.paths import Home
 from nanochat.runtime import Runtime
-from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.hooks import samples
 from nanochat.train.keep import load_model_arrays
 from nanochat.train.loop import Rates, TrainState
 from nanochat.train.rollout import Rewarded, Rollouts, RoundPlan
 from nanochat.train.run import run_stage
 from nanochat.train.stage import open_stage
-from nanochat.train.tune import SMEAR_LR, find_parent, parent_arrays
+from nanochat.train.tune import next_optimizer, parent_arrays, start_from
 
 RATES = {"wte_lr": 0.2, "lm_head_lr": 0.004, "matrix_lr": 0.02}  # mid-training's
 MOMENTUM = 0.95
@@ -41,12 +38,9 @@ def plan_of(cfg: Any) -> RoundPlan:
 
 def reinforce(cfg: Any, rt: Runtime, task: Rewarded, held_out: dict[str, Any]) -> None:
     """Train the stage "rl" on `task` from the newest SFT (or mid) checkpoint; measure it on `held_out`."""
-    plan, home = plan_of(cfg), Home.find(cfg.home)
-    tok = RustBPETokenizer.from_directory(home.tokenizer_dir)
-    parent = find_parent(home, cfg.tag, ("dpo", "sft", "mid"))
-    check_tokenizer(tok, parent.meta)
-    name = [parent.meta["stage"], parent.meta["key"], parent.step]
-    with open_stage("rl", cfg, rt, {"tokenizer": tok.fingerprint(), "parent": name}) as stage:
+    plan = plan_of(cfg)
+    tok, parent, inputs = start_from(cfg, ("dpo", "sft", "mid"))
+    with open_stage("rl", cfg, rt, inputs) as stage:
         if stage.finished:
             rt.say(f"rl: already finished, accuracy {stage.finished.get('accuracy')}")
             return
@@ -55,11 +49,7 @@ def reinforce(cfg: Any, rt: Runtime, task: Rewarded, held_out: dict[str, Any]) -
         for each in (model, reference):
             if each is not None:
                 load_model_arrays(each, parent_arrays(parent))
-        optimizer = model.setup_optimizer(
-            batch_tokens=base["batch_tokens"], weight_decay=0.0, lr_scale=cfg.lr_scale * base["lr_scale"],
-            smear_backout_lr=base.get("smear_lr", SMEAR_LR) * cfg.lr_scale,
-            lm_head_eps=base.get("lm_head_eps", LM_HEAD_EPS), **RATES,
-        )  # fmt: skip
+        optimizer = next_optimizer(model, base, cfg.lr_scale, smear_scale=cfg.lr_scale, **RATES)
         engine = Engine(model, tok)
         per_step = cfg.questions / cfg.updates
         num_steps = cfg.steps or max(1, round(len(task) * cfg.epochs / per_step))
@@ -74,7 +64,7 @@ def reinforce(cfg: Any, rt: Runtime, task: Rewarded, held_out: dict[str, Any]) -
         rt.say(f"rl: {len(task):,} questions, {num_steps} steps of {cfg.questions} x {cfg.samples} answers")
         rt.say(f"rl: before {before} ({time.perf_counter() - begun:.1f} s)")
 
-        result = {"parent": name, "before": before, "num_questions": len(task)}
+        result = {"parent": inputs["parent"], "before": before, "num_questions": len(task)}
 
         def record(state: TrainState) -> None:
             if state.step == 1 and before:

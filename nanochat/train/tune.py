@@ -79,14 +79,7 @@ class Recipe:
 
 def tune(recipe: Recipe, cfg: Any, rt: Runtime, task: Rows, prompts: tuple[str, ...] = ()) -> None:
     """Train `recipe.stage` on `task` from the newest parent, with the base run's shape and batch factor."""
-    home = Home.find(cfg.home)
-    tok = RustBPETokenizer.from_directory(home.tokenizer_dir)
-    parent = find_parent(home, *parse_parent(getattr(cfg, "parent", None), cfg.tag, recipe.parents))
-    check_tokenizer(tok, parent.meta)
-    inputs = {
-        "tokenizer": tok.fingerprint(),
-        "parent": [parent.meta["stage"], parent.meta["key"], parent.step],
-    }
+    tok, parent, inputs = start_from(cfg, recipe.parents)
     with open_stage(recipe.stage, cfg, rt, inputs) as stage:
         if stage.finished:
             rt.say(f"{recipe.stage}: already finished, validation loss {stage.finished.get('val_loss')}")
@@ -104,7 +97,6 @@ def tune(recipe: Recipe, cfg: Any, rt: Runtime, task: Rows, prompts: tuple[str, 
                 f"{one_pass * shape.sequence_len} tokens, found {batch}",
                 f"--batch-tokens={works} works, or change --device-batch",
             )
-        lr_scale = cfg.lr_scale * base["lr_scale"]
         rank = getattr(cfg, "lora_rank", 0)
         if rank:
             rt.say(
@@ -112,11 +104,7 @@ def tune(recipe: Recipe, cfg: Any, rt: Runtime, task: Rows, prompts: tuple[str, 
             )
             optimizer = MuonAdamW(adapter_groups(model, cfg.lora_lr))
         else:
-            optimizer = model.setup_optimizer(
-                batch_tokens=base["batch_tokens"], weight_decay=0.0, lr_scale=lr_scale,
-                smear_backout_lr=base.get("smear_lr", SMEAR_LR),
-                lm_head_eps=base.get("lm_head_eps", LM_HEAD_EPS), **recipe.rates,
-            )  # fmt: skip
+            optimizer = next_optimizer(model, base, cfg.lr_scale, **recipe.rates)
         moments = parent.tensors("optim-") if recipe.warm_optimizer and not rank else {}
         if moments:  # an imported parent has none
             optimizer.load_state_arrays(moments)
@@ -165,6 +153,32 @@ def parse_parent(named: str | None, tag: str, usual: tuple[str, ...]) -> tuple[s
 def parent_arrays(parent: checkpoint.Checkpoint) -> dict[str, Any]:
     """The plain weights of a parent, its adapters merged."""
     return merge(parent.tensors("model"))
+
+
+def start_from(
+    cfg: Any, stages: tuple[str, ...]
+) -> tuple[RustBPETokenizer, checkpoint.Checkpoint, dict[str, Any]]:
+    """(tokenizer, parent, what a run depends on): the parent is `cfg.parent` or the newest of `stages`.
+
+    Raises UserError where one is missing or they do not belong together.
+    """
+    home = Home.find(cfg.home)
+    tok = RustBPETokenizer.from_directory(home.tokenizer_dir)
+    parent = find_parent(home, *parse_parent(getattr(cfg, "parent", None), cfg.tag, stages))
+    check_tokenizer(tok, parent.meta)
+    name = [parent.meta["stage"], parent.meta["key"], parent.step]
+    return tok, parent, {"tokenizer": tok.fingerprint(), "parent": name}
+
+
+def next_optimizer(
+    model: Any, base: dict[str, Any], lr_scale: float, *, smear_scale: float = 1.0, **rates: float
+) -> Any:
+    """An optimizer by the base run's recipe (batch, rate factor, smear, epsilon), without weight decay."""
+    return model.setup_optimizer(
+        batch_tokens=base["batch_tokens"], weight_decay=0.0, lr_scale=lr_scale * base["lr_scale"],
+        smear_backout_lr=base.get("smear_lr", SMEAR_LR) * smear_scale,
+        lm_head_eps=base.get("lm_head_eps", LM_HEAD_EPS), **rates,
+    )  # fmt: skip
 
 
 def find_parent(home: Home, tag: str, stages: tuple[str, ...]) -> checkpoint.Checkpoint:
