@@ -42,8 +42,8 @@ class World:
         assert sum(chunk.stop - chunk.start for chunk in chunks) <= self.scheduler.token_budget
         for chunk in chunks:
             g = chunk.generation
-            assert g.num_computed == chunk.start < chunk.stop <= g.num_tokens
-            ids = tuple(g.tokens(0, g.num_tokens))
+            assert g.num_computed == chunk.start < chunk.stop - chunk.num_drafted <= g.num_tokens
+            ids = tuple(g.tokens(0, g.num_tokens + len(g.draft)))
             for group, pool in enumerate(self.blocks.pools):
                 for p in range(chunk.start, chunk.stop):
                     block = g.tables[group][p // SIZE]
@@ -58,7 +58,7 @@ class World:
         return chunks
 
     def check_reads(self, g: Generation, start: int, stop: int) -> None:
-        ids = tuple(g.tokens(0, g.num_tokens))
+        ids = tuple(g.tokens(0, g.num_tokens + len(g.draft)))
         for group, pool in enumerate(self.blocks.pools):
             oldest = 0 if pool.window is None else max(0, start - pool.window)
             for p in range(oldest, stop):

@@ -29,7 +29,9 @@ class Batch:
     network: the model made ready by somebody who keeps it (else it is made here, weights cast once).
     token_budget: tokens computed in a step at most. num_blocks: of the cache, 16 tokens each (default: enough
     for all rows at their longest); with fewer, sequences that do not fit wait, the newest are computed anew.
-    in_bursts: text that the tool forces appears in one emit, not a token an emit.
+    in_bursts: text that the tool forces, and guesses that were right, appear in one emit, not a token an emit.
+    speculate: tokens guessed at most a step and row (nanochat.engine.lookup), 0 for none. What is drawn does
+    not depend on it: a guess is kept where it is the token drawn anyway.
     """
 
     def __init__(
@@ -42,13 +44,16 @@ class Batch:
         token_budget: int = TOKEN_BUDGET,
         num_blocks: int | None = None,
         in_bursts: bool = False,
+        speculate: int = 0,
     ) -> None:
-        self.num_rows, self.in_bursts = num_rows, in_bursts
+        if speculate < 0:
+            raise ValueError(f"speculate must be at least 0 tokens, found {speculate}")
+        self.num_rows, self.in_bursts, self.speculate = num_rows, in_bursts, speculate
         pools = pools_for(model.config, num_rows, context, token_budget, num_blocks, BLOCK_SIZE)
         self.blocks = BlockManager(pools, BLOCK_SIZE)
         self.scheduler = Scheduler(self.blocks, num_rows, token_budget)
         self.runner = Runner(network or network_of(model), model.config, pools, model.get_device())
-        self._ready: dict[Generation, torch.Tensor] = {}  # logits (V,) of rows that can draw
+        self._ready: dict[Generation, list[torch.Tensor]] = {}  # logits (V,) of rows that can draw, one a draw
         self._stacked_BV: torch.Tensor | None = None  # the same as one tensor, while it is
 
     @property
@@ -88,34 +93,51 @@ class Batch:
         drawing = [row for row in self._ready if row.finish_reason is None and not row.forced]
         for row in forced:
             row.take(-1)
-        if drawing:
-            if self._stacked_BV is None or len(self._stacked_BV) != len(drawing):
-                self._stacked_BV = torch.stack([self._ready[row] for row in drawing])
-            choose(drawing, self._stacked_BV)
-        for row in drawing:
-            del self._ready[row]
-        self._stacked_BV = None
+        still = self._draw(drawing)
         if self.in_bursts:
+            while still:
+                still = self._draw(still)
             for row in drawing:
                 while row.forced and row.finish_reason is None:
                     row.take(-1)
         self.scheduler.sweep()
         return [*forced, *drawing]
 
+    def _draw(self, rows: list[Generation]) -> list[Generation]:
+        """A token for each of these rows; returns those that can draw the next one at once."""
+        if rows:
+            if self._stacked_BV is None or len(self._stacked_BV) != len(rows):
+                self._stacked_BV = torch.stack([self._ready[row][0] for row in rows])
+            choose(rows, self._stacked_BV)
+        still = []
+        for row in rows:
+            if row.check_draft():
+                self.blocks.computed(row)
+                del self._ready[row][0]
+                still.append(row)
+            else:
+                del self._ready[row]
+        self._stacked_BV = None
+        return still
+
     def compute(self) -> None:
         """Run the model on what is known and not computed: next tokens, prompts, forced text."""
+        if self.speculate:
+            for row in self.scheduler.running:
+                if row not in self._ready:
+                    row.propose(self.speculate)
         chunks, copies = self.scheduler.schedule()
-        self._ready = {row: logits_V for row, logits_V in self._ready.items() if row.row >= 0}
+        self._ready = {row: logits for row, logits in self._ready.items() if row.row >= 0}
         if not chunks:
             return
         hidden_ND = self.runner.run(chunks, copies)
-        ends, at = [], 0
+        ends, at = list[tuple[Generation, int]](), 0  # one entry a draw: the row, its place among the N tokens
         for chunk in chunks:
             if chunk.generation.prompt_logprobs is not None:
                 self._score_prompt(chunk, hidden_ND[at : at + chunk.stop - chunk.start])
             at += chunk.stop - chunk.start
-            if chunk.stop == chunk.generation.num_tokens:
-                ends.append((chunk.generation, at - 1))
+            if chunk.stop - chunk.num_drafted == chunk.generation.num_tokens:
+                ends += [(chunk.generation, n) for n in range(at - 1 - chunk.num_drafted, at)]
         forks = self.scheduler.computed(chunks)
         self.scheduler.sweep()  # a prompt that was only to be scored
         ends = [(row, n) for row, n in ends if row.finish_reason is None]
@@ -124,9 +146,10 @@ class Batch:
         last_BD = hidden_ND if len(ends) == len(hidden_ND) else hidden_ND[[n for _, n in ends]]
         logits_BV = self.runner.logits(last_BD)
         is_all = not self._ready and not forks
-        self._ready |= {row: logits_V for (row, _), logits_V in zip(ends, logits_BV.unbind(), strict=True)}
-        self._ready |= {follower: self._ready[leader] for leader, follower in forks}
-        self._stacked_BV = logits_BV if is_all else None
+        for (row, _), logits_V in zip(ends, logits_BV.unbind(), strict=True):
+            self._ready.setdefault(row, []).append(logits_V)
+        self._ready |= {follower: list(self._ready[leader]) for leader, follower in forks}
+        self._stacked_BV = logits_BV if is_all and len(self._ready) == len(ends) else None
 
     def forget(self) -> None:
         """Drop all known prefixes: the weights have changed."""

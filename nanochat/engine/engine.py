@@ -37,14 +37,17 @@ def is_ragged(model: Any) -> bool:
 
 class Engine:
     """Generates with a model and its tokenizer. Between calls it keeps the weights cast to `dtype` (default:
-    the model's compute dtype), and notices when the model's have changed.
+    the model's compute dtype), and notices when the model's have changed. speculate: see Batch; without effect
+    for a model that has only `forward`.
 
     The tokenizer needs encode_special, get_bos_token_id, encode and decode; for stop strings, decode_bytes
     and get_special_tokens too.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, dtype: torch.dtype | None = None) -> None:
-        self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
+    def __init__(
+        self, model: Any, tokenizer: Any, dtype: torch.dtype | None = None, *, speculate: int = 0
+    ) -> None:
+        self.model, self.tokenizer, self.dtype, self.speculate = model, tokenizer, dtype, speculate
         self._network: Network | None = None
         self._seen: tuple = ()
         self.stop_ids = frozenset(
@@ -125,6 +128,7 @@ class Engine:
     def open_batch(self, num_rows: int, context: int, **how: Any) -> Batch | PlainBatch:
         """A batch of this model; `how`: the other arguments of Batch."""
         if is_ragged(self.model):
+            how = {"speculate": self.speculate, **how}
             return Batch(self.model, num_rows, context, network=self.network(), **how)
         return PlainBatch(self.model, num_rows, context)
 

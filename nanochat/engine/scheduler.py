@@ -19,11 +19,12 @@ FREE_FRAC = 0.01  # of the blocks, kept back when a sequence is admitted
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens start .. stop - 1 of a sequence are computed in this step."""
+    """Tokens start .. stop - 1 of a sequence are computed in this step, the last num_drafted only proposed."""
 
     generation: Generation
     start: int
     stop: int
+    num_drafted: int = 0
 
 
 class Scheduler:
@@ -52,11 +53,20 @@ class Scheduler:
         self.sweep()
         chunks, copies, budget = list[Chunk](), list[Copy](), self.token_budget
         has_preempted = False
+        spare = budget - sum(min(generation.lag, budget) for generation in self.running)  # for guesses
         for generation in list(self.running):
             count = min(generation.lag, budget)
             if count == 0 or generation.row < 0:  # waits until forced tokens are shown; was preempted
                 continue
             stop = generation.num_computed + count
+            num_drafted = min(len(generation.draft), max(0, spare))
+            if num_drafted and self.blocks.reserve(generation, stop + num_drafted, copies):
+                chunks.append(Chunk(generation, stop - count, stop + num_drafted, num_drafted))
+                budget -= count + num_drafted
+                spare -= num_drafted
+                generation.keep_draft(stop + num_drafted)
+                continue
+            generation.draft = []  # nobody is preempted for a guess
             while generation.row >= 0 and not self.blocks.reserve(generation, stop, copies):
                 has_preempted = True
                 if self.running == [generation]:
@@ -76,9 +86,9 @@ class Scheduler:
         forks = []
         for chunk in chunks:
             generation = chunk.generation
-            generation.num_computed = chunk.stop
+            generation.num_computed = chunk.stop - chunk.num_drafted
             self.blocks.computed(generation)
-            if chunk.stop != len(generation.prompt) or generation.output:
+            if generation.num_computed != len(generation.prompt) or generation.output:
                 continue
             for follower in [f for f in self.waiting if f.leader is generation]:
                 follower.leader = None
@@ -130,7 +140,7 @@ class Scheduler:
         self.running.remove(generation)
         self.blocks.release(generation)
         self._rows.append(generation.row)
-        generation.row = -1
+        generation.row, generation.draft, generation.num_drafted = -1, [], 0
 
     def _preempt(self, generation: Generation) -> None:
         self._stop(generation)

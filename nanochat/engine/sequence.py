@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from nanochat.engine.lookup import Lookup
+
 TokenLogprob = tuple[float, list[tuple[int, float]]]
 
 
@@ -68,6 +70,10 @@ class Generation:
         self.strays: list[int] = []
         self.nodes: list[Any] = []
         self.leader: Generation | None = None
+        # Proposed tokens that follow the known ones, not known themselves, and how many were proposed at once.
+        self.draft: list[int] = []
+        self.num_drafted = 0
+        self.lookup: Lookup | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -80,12 +86,47 @@ class Generation:
         return self.num_tokens - self.num_computed
 
     def tokens(self, start: int, stop: int) -> list[int]:
-        """Known tokens start .. stop - 1."""
+        """Tokens start .. stop - 1: known ones, then proposed ones."""
         border = len(self.prompt)
         if stop <= border:
             return self.prompt[start:stop]
-        later = self.output if stop <= border + len(self.output) else [*self.output, *self.forced]
+        is_short = stop <= border + len(self.output)
+        later = self.output if is_short else [*self.output, *self.forced, *self.draft]
         return [*self.prompt[start:], *later[max(0, start - border) : stop - border]]
+
+    def propose(self, most: int) -> None:
+        """Guess up to `most` tokens that may follow, if the last known token is all that is to be computed.
+
+        At most as many as leave one to be drawn within the limit.
+        """
+        self.draft = []
+        if not self.output or self.forced or self.lag != 1:
+            return
+        self.lookup = self.lookup or Lookup(most)
+        new = self.tokens(self.lookup.num_seen, self.num_tokens)
+        self.draft = self.lookup.propose(new, self.limit - len(self.output) - 1)
+
+    def keep_draft(self, stop: int) -> None:
+        """Proposed tokens up to position stop - 1 are being computed, later ones are dropped."""
+        self.draft = self.draft[: stop - self.num_tokens]
+        self.num_drafted = len(self.draft)
+
+    def check_draft(self) -> bool:
+        """After a token was taken: whether it is the first proposed one, so that it is computed already and
+        the logits behind it hold. Otherwise all the rest is dropped.
+        """
+        is_right = self.draft[:1] == self.output[-1:]
+        if is_right:
+            self.num_computed += 1
+            del self.draft[0]
+        num_kept = self.num_drafted - len(self.draft)
+        goes_on = is_right and not self.forced and self.finish_reason is None
+        if self.lookup is not None and self.num_drafted and not (goes_on and self.draft):
+            self.lookup.judge(self.num_drafted, num_kept)
+            self.num_drafted = 0
+        if not goes_on:
+            self.draft = []
+        return goes_on
 
     @property
     def banned_now(self) -> tuple[int, ...]:
