@@ -93,25 +93,30 @@ def explain() -> str:
 
 @cache
 def _build() -> tuple[ctypes.CDLL | None, str]:
+    return build(SOURCE, SIGNATURES)
+
+
+def build(source: Path, signatures: dict[str, str]) -> tuple[ctypes.CDLL | None, str]:
+    """The library of any such file: (None, why) where it cannot be had; the caller keeps the answer."""
     compiler = os.environ.get("CC") or next((name for name in COMPILERS if shutil.which(name)), None)
     if compiler is None:
         return _without("there is no C compiler (cc, gcc or clang)")
     machine = f"{compiler} {cpu_name()} {cpu_features()} {torch.__version__} {sys.platform}"
-    recipe = f"{machine} {FLAGS} {TUNING}".encode() + SOURCE.read_bytes()
-    name = f"kernels-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
+    recipe = f"{machine} {FLAGS} {TUNING}".encode() + source.read_bytes()
+    name = f"{source.stem}-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
     problem = ""
-    for folder in (SOURCE.parent / "__pycache__", Path(tempfile.gettempdir()) / f"nanochat-{os.getuid()}"):
+    for folder in (source.parent / "__pycache__", Path(tempfile.gettempdir()) / f"nanochat-{os.getuid()}"):
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
             if folder.stat().st_uid != os.getuid():
                 raise OSError(f"{folder} belongs to somebody else")
             if not (folder / name).exists():
-                _compile(compiler, folder / name)
+                _compile(compiler, source, folder / name)
             lib = ctypes.CDLL(str(folder / name))
-            for function, letters in SIGNATURES.items():
+            for function, letters in signatures.items():
                 getattr(lib, function).argtypes = [TYPES[letter] for letter in letters]
                 getattr(lib, function).restype = None
-            return lib, f"{SOURCE.name}, built with {compiler}"
+            return lib, f"{source.name}, built with {compiler}"
         except (OSError, AttributeError, subprocess.SubprocessError) as error:
             problem = str(error).strip().splitlines()[-1]
     return _without(f"{compiler} failed: {problem}")
@@ -119,17 +124,17 @@ def _build() -> tuple[ctypes.CDLL | None, str]:
 
 def _without(reason: str) -> tuple[None, str]:
     said = f"PyTorch's own, because {reason}"
-    print(f"CPU kernels: {said}; training is slower without them", file=sys.stderr)
+    print(f"CPU kernels: {said}; it is slower without them", file=sys.stderr)
     return None, said
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: str, source: Path, path: Path) -> None:
     """Build at a temporary name, then rename: several processes may do it at once. OSError if nothing
     works."""
     temporary, said = path.with_name(f"{path.stem}-{os.getpid()}.tmp"), ""
     try:
         for tuning in TUNING:
-            command = [*compiler.split(), *FLAGS, *tuning, "-o", str(temporary), str(SOURCE), "-lm"]
+            command = [*compiler.split(), *FLAGS, *tuning, "-o", str(temporary), str(source), "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, timeout=120)
             if done.returncode == 0:
                 os.replace(temporary, path)

@@ -10,11 +10,16 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #define EXPORT __attribute__((visibility("default")))
 #define LANES 16
 #define AHEAD 2048 /* bytes */
 #define ROWS_AT_ONCE 32
+#define SEPARATE __attribute__((noinline)) /* else copies of it take seconds to compile */
+#define UNROLL _Pragma("GCC unroll 4")
 #ifdef _OPENMP
 #define TEAM _Pragma("omp parallel num_threads(threads)")
 #define EACH _Pragma("omp for schedule(static)")
@@ -26,6 +31,8 @@
 #endif
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef float eight __attribute__((vector_size(32)));
+typedef float four __attribute__((vector_size(16)));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
@@ -65,19 +72,30 @@ static inline vec vec_at(const float *p) {
     return v;
 }
 
+static inline int64_t size_of(int kind) { return kind == FP32 ? 4 : kind == BF16 ? 2 : 1; }
+
 static inline vec widen_bf16(const void *p) {
+#ifdef __AVX512F__ /* what compilers make of the lines below is slower */
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    return (vec)_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+#else
     halves h;
     memcpy(&h, p, sizeof h);
     bits wide = __builtin_convertvector(h, bits) << 16;
     vec v;
     memcpy(&v, &wide, sizeof v);
     return v;
+#endif
 }
 
 static inline vec widen_int8(const void *p) {
+#ifdef __AVX512F__
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#else
     codes c;
     memcpy(&c, p, sizeof c);
     return __builtin_convertvector(__builtin_convertvector(c, ints), vec);
+#endif
 }
 
 static inline vec weights_at(const char *row, int64_t j, int kind) {
@@ -96,65 +114,100 @@ static inline float weight_at(const char *row, int64_t j, int kind) {
 }
 
 static inline float sum_of(vec v) {
-    float s[LANES];
-    memcpy(s, &v, sizeof v);
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int j = 0; j < width; j++) s[j] += s[j + width];
-    return s[0];
+    eight a[2];
+    four b[2];
+    memcpy(a, &v, sizeof v);
+    a[0] += a[1];
+    memcpy(b, a, sizeof b);
+    b[0] += b[1];
+    return (b[0][0] + b[0][2]) + (b[0][1] + b[0][3]);
 }
 
-/* `count` <= 4 products of one row with rows of x: four sums each, always added in the same order. */
-static inline __attribute__((always_inline)) void dots(const char *row, const float *x, int64_t cols, int kind,
-                                                       int count, float *found) {
-    int64_t size = kind == FP32 ? 4 : kind == BF16 ? 2 : 1, j = 0;
-    vec sums[4][4];
-    memset(sums, 0, sizeof sums);
-    for (; j + 4 * LANES <= cols; j += 4 * LANES) {
-        for (int64_t line = 0; line < 4 * LANES * size; line += 64)
-            __builtin_prefetch(row + j * size + AHEAD + line, 0, 3);
-        for (int part = 0; part < 4; part++) {
-            vec w = weights_at(row, j + part * LANES, kind);
-            for (int n = 0; n < count; n++) sums[n][part] += w * vec_at(x + n * cols + j + part * LANES);
+/* The columns that fill no vector. */
+static SEPARATE float rest_of(const char *row, const float *x, int64_t j, int64_t cols, int kind) {
+    float sum = 0;
+    for (; j < cols; j++) sum += weight_at(row, j, kind) * x[j];
+    return sum;
+}
+
+/* Products of `num` <= 2 rows with `count` <= 4 rows of x -> found[row][n]: two sums each, always added in the same
+ * order. */
+static inline __attribute__((always_inline)) void dots(const char *row, int num, const float *x, int64_t cols, int kind,
+                                                       int count, float found[2][4]) {
+    int64_t size = size_of(kind), j = 0;
+    vec sums[2][4][2];
+    UNROLL
+    for (int r = 0; r < num; r++)
+        UNROLL
+        for (int n = 0; n < count; n++) sums[r][n][0] = sums[r][n][1] = (vec){0};
+    for (; j + 2 * LANES <= cols; j += 2 * LANES) {
+        UNROLL
+        for (int part = 0; part < 2; part++) {
+            vec w[2];
+            UNROLL
+            for (int r = 0; r < num; r++) w[r] = weights_at(row + r * cols * size, j + part * LANES, kind);
+            UNROLL
+            for (int n = 0; n < count; n++) {
+                vec v = vec_at(x + n * cols + j + part * LANES);
+                UNROLL
+                for (int r = 0; r < num; r++) sums[r][n][part] += w[r] * v;
+            }
         }
+        UNROLL
+        for (int r = 0; r < num; r++)
+            for (int64_t line = 0; line < 2 * LANES * size; line += 64)
+                __builtin_prefetch(row + (r * cols + j) * size + AHEAD + line, 0, 3);
     }
-    for (; j + LANES <= cols; j += LANES) {
-        vec w = weights_at(row, j, kind);
-        for (int n = 0; n < count; n++) sums[n][0] += w * vec_at(x + n * cols + j);
-    }
-    for (int n = 0; n < count; n++)
-        found[n] = sum_of((sums[n][0] + sums[n][1]) + (sums[n][2] + sums[n][3]));
-    for (; j < cols; j++)
-        for (int n = 0; n < count; n++) found[n] += weight_at(row, j, kind) * x[n * cols + j];
+    for (; j + LANES <= cols; j += LANES)
+        UNROLL
+        for (int n = 0; n < count; n++)
+            UNROLL
+            for (int r = 0; r < num; r++)
+                sums[r][n][0] += weights_at(row + r * cols * size, j, kind) * vec_at(x + n * cols + j);
+    UNROLL
+    for (int r = 0; r < num; r++)
+        UNROLL
+        for (int n = 0; n < count; n++) {
+            found[r][n] = sum_of(sums[r][n][0] + sums[r][n][1]);
+            if (j < cols) found[r][n] += rest_of(row + r * cols * size, x + n * cols, j, cols, kind);
+        }
 }
 
 enum { STORE, ADD, RELU_SQUARED };
 
 static inline __attribute__((always_inline)) void rows_of(const Matrix *m, const float *x, int64_t count, float *y,
                                                           int end, int64_t first, int64_t last, int kind) {
-    int64_t size = kind == FP32 ? 4 : kind == BF16 ? 2 : 1;
-    for (int64_t r = first; r < last; r++) {
-        const char *row = (const char *)m->data + r * m->cols * size;
-        float scale = kind == INT8 ? m->scale[r] : 1.0f;
+    int64_t cols = m->cols;
+    int num = 1;
+    for (int64_t at = first; at < last; at += num) {
+        const char *row = (const char *)m->data + at * cols * size_of(kind);
+        num = count > 1 && at + 1 < last ? 2 : 1;
         for (int64_t n = 0; n < count; n += 4) {
-            float found[4];
-            const float *at = x + n * m->cols;
+            float found[2][4];
+            const float *v = x + n * cols;
             int few = (int)(count - n < 4 ? count - n : 4);
-            if (few == 1) dots(row, at, m->cols, kind, 1, found);
-            else if (few == 2) dots(row, at, m->cols, kind, 2, found);
-            else if (few == 3) dots(row, at, m->cols, kind, 3, found);
-            else dots(row, at, m->cols, kind, 4, found);
-            for (int i = 0; i < few; i++) {
-                float *to = y + (n + i) * m->rows + r, value = kind == INT8 ? scale * found[i] : found[i];
-                if (end == ADD) *to += value;
-                else if (end == RELU_SQUARED) *to = value > 0 ? value * value : 0.0f;
-                else *to = value;
-            }
+            if (num == 2 && few == 4) dots(row, 2, v, cols, kind, 4, found);
+            else if (num == 2 && few == 2) dots(row, 2, v, cols, kind, 2, found);
+            else for (int i = 0; i < few; i++)
+                for (int r = 0; r < num; r++) {
+                    float one[2][4];
+                    dots(row + r * cols * size_of(kind), 1, v + i * cols, cols, kind, 1, one);
+                    found[r][i] = one[0][0];
+                }
+            for (int r = 0; r < num; r++)
+                for (int i = 0; i < few; i++) {
+                    float *to = y + (n + i) * m->rows + at + r;
+                    float value = kind == INT8 ? m->scale[at + r] * found[r][i] : found[r][i];
+                    if (end == ADD) *to += value;
+                    else if (end == RELU_SQUARED) *to = value > 0 ? value * value : 0.0f;
+                    else *to = value;
+                }
         }
     }
 }
 
 /* x (count, cols) -> y (count, rows), called by every thread of a team. */
-static void product(const Matrix *m, const float *x, int64_t count, float *y, int end) {
+static SEPARATE void product(const Matrix *m, const float *x, int64_t count, float *y, int end) {
     int64_t shares = (m->rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
     SHARES
     for (int64_t s = 0; s < shares; s++) {
@@ -169,7 +222,7 @@ EXPORT void multiply(const Matrix *m, const float *x, int64_t count, float *y, i
     TEAM { product(m, x, count, y, STORE); }
 }
 
-static inline void load_row(const void *table, int64_t row, int64_t n, int half, float *to) {
+static SEPARATE void load_row(const void *table, int64_t row, int64_t n, int half, float *to) {
     const char *from = (const char *)table + row * n * (half ? 2 : 4);
     for (int64_t j = 0; j < n; j++) to[j] = weight_at(from, j, half ? BF16 : FP32);
 }
@@ -187,7 +240,7 @@ static inline float inverse_rms(const float *x, int64_t n, float eps) {
     return 1.0f / sqrtf(dot(x, x, n) / (float)n + eps);
 }
 
-static inline void norm(const float *x, float *y, int64_t n, float eps) {
+static SEPARATE void norm(const float *x, float *y, int64_t n, float eps) {
     float inverse = inverse_rms(x, n, eps);
     for (int64_t j = 0; j < n; j++) y[j] = x[j] * inverse;
 }
@@ -213,7 +266,7 @@ static inline float exponential(float x) {
 }
 
 /* RoPE by halves and QK-norm of one head, from x to y (another place). */
-static void turn(const float *x, float *y, const float *cos, const float *sin, const Net *net) {
+static SEPARATE void turn(const float *x, float *y, const float *cos, const float *sin, const Net *net) {
     int64_t E = net->head_dim, half = E / 2;
     float scale = net->qk_scale * inverse_rms(x, E, net->eps);
     for (int64_t j = 0; j < half; j++) {
@@ -223,7 +276,7 @@ static void turn(const float *x, float *y, const float *cos, const float *sin, c
 }
 
 /* One query head over the keys that its token sees -> y (E). table: the blocks of the token's sequence. */
-static void attend(const Net *net, const Layer *layer, const float *q, int64_t head, const int32_t *table,
+static SEPARATE void attend(const Net *net, const Layer *layer, const float *q, int64_t head, const int32_t *table,
                    int64_t position, float *scores, float *y) {
     int64_t E = net->head_dim, K = net->num_kv_heads, B = net->block_size, stride = 2 * K * E;
     int64_t k = head / (net->num_heads / K);
@@ -302,9 +355,8 @@ EXPORT void step(const Net *net, const int64_t *ids, const int64_t *prev, const 
                 if (layer->gate) {
                     const float *weights = layer->gate + (k - K) * net->gate_channels;
                     float gate = 3.0f * sigmoid(dot(y + n * D, weights, net->gate_channels));
-                    const char *row = (const char *)layer->values + ids[n] * K * E * (net->tables_half ? 2 : 4);
-                    for (int64_t j = 0; j < E; j++)
-                        from[j] += gate * weight_at(row, (k - K) * E + j, net->tables_half ? BF16 : FP32);
+                    load_row(layer->values, ids[n] * K + k - K, E, (int)net->tables_half, to);
+                    for (int64_t j = 0; j < E; j++) from[j] += gate * to[j];
                 }
                 memcpy(to, from, (size_t)E * 4);
             }

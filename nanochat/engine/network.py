@@ -16,11 +16,13 @@ from torch import Tensor
 
 from nanochat import hardware
 from nanochat.cross_entropy import softcap
+from nanochat.engine import native_step
 from nanochat.fused import inverse_rms, rope_tables
 from nanochat.gpt import GPT, QK_SCALE, SMEAR_CHANNELS, VE_GATE_CHANNELS, Embedding
 
 # (layer, q (N, H, E), keys and values (N, 2K, E)) -> (N, H, E)
 Attend = Callable[[int, Tensor, Tensor], Tensor]
+WIDENED = 1 << 20  # entries of a piece
 LARGE_BYTES = 64 << 20  # of the layers' fp32 matrices: more than the caches of the CPUs we know
 
 
@@ -38,9 +40,14 @@ class Network(Protocol):
 
 
 def network_of(model: Any, dtype: torch.dtype | None = None) -> Network:
-    """The fastest way to run this model; dtype None is the model's own compute dtype."""
+    """The fastest way to run this model; dtype None is the model's own compute dtype.
+
+    int8 halves what a token has to read (see Matrix). Raises ValueError for int8 of another model than GPT.
+    """
     if type(model) is GPT:
         return FusedNetwork(model, dtype or model.compute_dtype)
+    if dtype == torch.int8:
+        raise ValueError(f"int8 weights need a GPT, found {type(model).__name__}; merge adapters first")
     return TrunkNetwork(model)
 
 
@@ -72,27 +79,66 @@ class TrunkNetwork:
 class Matrix:
     """x -> x W^T in the dtype of x, with W kept as it is multiplied fastest, cast once.
 
-    On a CPU fp32 is laid out by columns (one token: 5.0 against 3.1 billion weights/s). bf16, for many
-    tokens, has an fp16 twin for one (9.9 against 7.0; one core of an AMD EPYC with AVX512-BF16): as many
-    bytes, read by a better kernel, and three bits more exact. is_free: inputs have no bound, as relu^2 has
-    none; they are scaled to at most 1, for fp16 ends at 65,504.
+    dtype int8 keeps codes and a scale a row (see quantize). On a CPU with a compiler few tokens go through
+    decode.c, which reads any of them at the speed of memory. Without one, fp32 is laid out by columns (one token:
+    5.0 against 3.1 billion weights/s), and bf16 has an fp16 twin for one token (9.9 against 7.0; one core of an AMD
+    EPYC with AVX512-BF16): as many bytes, read by a better kernel, and three bits more exact. is_free: inputs
+    have no bound, as relu^2 has none; they are scaled to at most 1, for fp16 ends at 65,504. wide: what many
+    tokens times int8 are computed in.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, is_free: bool = False) -> None:
-        self.is_free, self.single = is_free, None
-        self.many = weight.detach().to(dtype)
-        if weight.device.type == "cpu" and dtype == torch.float32:
-            self.many = self.many.t().contiguous().t()
-        elif weight.device.type == "cpu" and dtype == torch.bfloat16 and weight.abs().max() < 1024:
-            self.single = weight.detach().to(torch.float16)
+    def __init__(
+        self,
+        weight: Tensor,
+        dtype: torch.dtype,
+        is_free: bool = False,
+        wide: torch.dtype = torch.float32,
+    ) -> None:
+        self.is_free, self.wide = is_free, wide
+        self.single: Tensor | None = None
+        self.scale: Tensor | None = None
+        on_cpu = weight.device.type == "cpu"
+        is_native = on_cpu and native_step.library() is not None
+        weight = weight.detach()
+        if dtype == torch.int8:
+            self.many, self.scale = quantize(weight)
+        elif on_cpu and dtype == torch.float32 and not is_native:
+            self.many = weight.to(dtype).t().contiguous().t()
+        else:
+            self.many = weight.to(dtype, copy=True).contiguous()
+        if not is_native and on_cpu and dtype == torch.bfloat16 and weight.abs().max() < 1024:
+            self.single = weight.to(torch.float16)
+        self._native = native_step.describe(self) if is_native else None
+        self._most = native_step.most_tokens(self.many.nbytes, self.many.dtype)
 
     def __call__(self, x_ND: Tensor) -> Tensor:
+        if self._native is not None and len(x_ND) <= self._most and native_step.library() is not None:
+            return native_step.multiply(self._native, x_ND.float()).to(x_ND.dtype)
+        if self.scale is not None:
+            return self._widened(x_ND.to(self.wide)).to(x_ND.dtype)
         if self.single is None or len(x_ND) > 1:
             return F.linear(x_ND.to(self.many.dtype), self.many).to(x_ND.dtype)
         if not self.is_free:
             return F.linear(x_ND.half(), self.single).to(x_ND.dtype)
         size = x_ND.abs().amax().clamp_(min=1e-30)
         return F.linear((x_ND / size).half(), self.single).to(x_ND.dtype).mul_(size)
+
+    def _widened(self, x_ND: Tensor) -> Tensor:
+        """int8 codes, exact in bf16 too, widened some rows at a time so that they stay in the cache."""
+        assert self.scale is not None
+        rows = len(self.many) if x_ND.device.type != "cpu" else max(1, WIDENED // self.many.shape[1])
+        parts = [F.linear(x_ND, codes.to(x_ND.dtype)) for codes in self.many.split(rows)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).float() * self.scale
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes int8 (rows, cols), scale fp32 (rows,)), weight = scale * code +- scale / 2: symmetric, the largest
+    entry of a row is 127. A product's error is at most scale / 2 times the sum of |x|.
+    """
+    weight = weight.detach().float()
+    largest = weight.abs().amax(dim=1)
+    scale = torch.where(largest > 0, largest / 127, 1.0)
+    return (weight / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
 def cpu_dtype(model: Any) -> torch.dtype:
@@ -109,21 +155,28 @@ def cpu_dtype(model: Any) -> torch.dtype:
 class FusedNetwork:
     """A copy of a GPT's matrices in `dtype`, q, k, v side by side; embedding tables stay the model's.
 
-    On a CPU all that is no product is fp32, whatever the matrices are.
+    On a CPU all that is no product is fp32, whatever the matrices are; on a GPU with int8 matrices the model's
+    compute dtype.
     """
 
     @torch.no_grad()
     def __init__(self, model: GPT, dtype: torch.dtype) -> None:
         self.config = model.config
-        self.dtype = torch.float32 if model.get_device().type == "cpu" else dtype
+        on_cpu, wide = model.get_device().type == "cpu", model.compute_dtype
+        if on_cpu:
+            wide = torch.bfloat16 if set(hardware.cpu_features()) & {"amx", "avx512_bf16"} else torch.float32
+        self.dtype = torch.float32 if on_cpu else wide if dtype == torch.int8 else dtype
         self.head_dim = model.config.n_embd // model.config.n_head
+
+        def matrix(weight: Tensor, is_free: bool = False) -> Matrix:
+            return Matrix(weight, dtype, is_free, wide)
 
         def number(value: Tensor) -> float:
             return float(value.detach().to(self.dtype))
 
         values = cast("dict[str, Embedding]", model.value_embeds)
         self.wte_VD = model.wte.weight.detach()
-        self.head = Matrix(model.lm_head.weight[: model.config.vocab_size], dtype)
+        self.head = matrix(model.lm_head.weight[: model.config.vocab_size])
         self.smear_gate = model.smear_gate.weight.detach().to(self.dtype)
         self.smear, self.backout = number(model.smear_lambda), number(model.backout_lambda)
         self.layers = []
@@ -133,10 +186,10 @@ class FusedNetwork:
                 (
                     number(model.resid_lambdas[i]),
                     number(model.x0_lambdas[i]),
-                    Matrix(torch.cat((attn.c_q.weight, attn.c_k.weight, attn.c_v.weight)), dtype),
-                    Matrix(attn.c_proj.weight, dtype, is_free=True),
-                    Matrix(block.mlp.c_fc.weight, dtype),
-                    Matrix(block.mlp.c_proj.weight, dtype, is_free=True),
+                    matrix(torch.cat((attn.c_q.weight, attn.c_k.weight, attn.c_v.weight))),
+                    matrix(attn.c_proj.weight, is_free=True),
+                    matrix(block.mlp.c_fc.weight),
+                    matrix(block.mlp.c_proj.weight, is_free=True),
                     None if gate is None else gate.weight.detach().to(self.dtype),
                     None if gate is None else values[str(i)].weight.detach(),
                 )

@@ -16,6 +16,7 @@ from torch import Tensor
 import nanochat.flash_attention as fa
 from nanochat.engine.blocks import Copy, Pool
 from nanochat.engine.kv_cache import PagedCache
+from nanochat.engine.native_step import NativeStep
 from nanochat.engine.network import Network
 from nanochat.engine.scheduler import Chunk
 from nanochat.flash_attention.cache import attend_kept
@@ -74,6 +75,14 @@ class Runner:
         }
         self._windows = [-1 if window is None else window for window, _ in groups]
         self._pools = pools
+        stores = [self.cache.kv[group][i] for group, i in (self._place[n] for n in range(config.n_layer))]
+        groups_by_layer = [self._place[n][0] for n in range(config.n_layer)]
+        windows = [self._windows[group] for group in groups_by_layer]
+        self.native = (
+            NativeStep.of(network, stores, windows, groups_by_layer, len(pools), BLOCK_SIZE)
+            if device.type == "cpu"
+            else None
+        )
 
     @torch.no_grad()
     def run(self, chunks: Sequence[Chunk], copies: Sequence[Copy] = ()) -> Tensor:
@@ -90,6 +99,10 @@ class Runner:
             prev += tokens[:-1]
             ids += tokens[1:]
             positions += range(chunk.start, chunk.stop)
+        if self.native is not None and len(ids) <= self.native.most and not self.is_paged:
+            rows = [chunk.generation.tables for chunk in chunks for _ in range(chunk.start, chunk.stop)]
+            by_group = [[tables[group] for tables in rows] for group in range(len(self._pools))]
+            return self.native(ids, prev, positions, by_group)
         numbers_3N = torch.tensor([ids, prev, positions], device=self.device)
         attend = self._attend_paged(chunks) if self.is_paged else self._attend_views(chunks)
         lengths = [chunk.stop - chunk.start for chunk in chunks]

@@ -1,0 +1,182 @@
+"""A few tokens through a FusedNetwork in one call of decode.c, on CPUs with a compiler.
+
+In PyTorch a step of one token is a hundred small operations a layer beside four matrices. Here it is one pass
+over each matrix: no copies, no masks, no gathered keys. What cannot be run here (no compiler, a GPU, many
+tokens) goes through network.py, which is the oracle. native._override = False turns it off. Letters: N tokens,
+D width, H query heads, K key/value heads, E head size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nanochat import native
+from nanochat.fused import NORM_EPS, rope_tables
+from nanochat.gpt import QK_SCALE, SMEAR_CHANNELS, VE_GATE_CHANNELS
+
+if TYPE_CHECKING:
+    from nanochat.engine.network import FusedNetwork, Matrix
+
+SOURCE = Path(__file__).with_name("decode.c")
+SIGNATURES = {"multiply": "pplpi", "step": "pppppllpp"}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+# Tokens in one call at most. Beyond, PyTorch's matrix products win; int8 would have to be widened for them.
+MOST, MOST_INT8, MOST_SMALL = 4, 8, 16
+SMALL_BYTES = 8 << 20  # of all matrices: in the caches, and small calls are what takes time
+ONE_THREAD_BYTES = 1 << 20  # a second thread gains less than meeting it costs
+
+_P, _L, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class CMatrix(ctypes.Structure):
+    _fields_ = [("data", _P), ("scale", _P), ("kind", _L), ("rows", _L), ("cols", _L)]
+
+
+class CLayer(ctypes.Structure):
+    _fields_ = [
+        *((name, CMatrix) for name in ("qkv", "proj", "fc", "out")),
+        *((name, _P) for name in ("gate", "values", "kv")),
+        *((name, _L) for name in ("group", "window")),
+        *((name, _F) for name in ("a", "b")),
+    ]
+
+
+class CNet(ctypes.Structure):
+    _fields_ = [
+        *((name, _P) for name in ("layers", "embedding", "smear_gate", "cos", "sin")),
+        *((name, _L) for name in ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp")),
+        *((name, _L) for name in ("smear_channels", "gate_channels", "tables_half", "block_size", "threads")),
+        ("middle", _L),
+        *((name, _F) for name in ("smear", "backout", "qk_scale", "eps")),
+    ]
+
+
+@cache
+def _build() -> ctypes.CDLL | None:
+    return native.build(SOURCE, SIGNATURES)[0]
+
+
+def library() -> ctypes.CDLL | None:
+    """decode.c loaded, or None where it cannot be built or native._override says no."""
+    return None if native._override is False else _build()
+
+
+def describe(matrix: Matrix) -> CMatrix | None:
+    """A matrix as decode.c reads it, or None for one that it cannot."""
+    codes, scale = matrix.many, matrix.scale
+    if codes.device.type != "cpu" or codes.dtype not in KINDS or not codes.is_contiguous():
+        return None
+    address = None if scale is None else scale.data_ptr()
+    return CMatrix(codes.data_ptr(), address, KINDS[codes.dtype], *codes.shape)
+
+
+def most_tokens(num_bytes: int, dtype: torch.dtype) -> int:
+    """Up to how many tokens at once this way is the faster one, for matrices of so many bytes."""
+    return MOST_SMALL if num_bytes <= SMALL_BYTES else MOST_INT8 if dtype == torch.int8 else MOST
+
+
+def multiply(matrix: CMatrix, x_ND: Tensor) -> Tensor:
+    """x W^T of few rows x (fp32) -> (N, rows), fp32. Needs `library()`."""
+    lib = library()
+    assert lib is not None and x_ND.dtype == torch.float32 and x_ND.shape[1] == matrix.cols
+    x_ND = x_ND.contiguous()
+    y_NR = torch.empty(len(x_ND), matrix.rows)
+    threads = 1 if matrix.rows * matrix.cols < ONE_THREAD_BYTES else torch.get_num_threads()
+    lib.multiply(ctypes.addressof(matrix), x_ND.data_ptr(), len(x_ND), y_NR.data_ptr(), threads)
+    return y_NR
+
+
+class NativeStep:
+    """Steps of up to `most` tokens of one network over one paged cache; `of` says whether that is possible."""
+
+    def __init__(
+        self, network: FusedNetwork, stores: Sequence[Tensor], windows: Sequence[int], groups: Sequence[int],
+        num_groups: int, block_size: int,
+    ) -> None:  # fmt: skip
+        cfg = self.config = network.config
+        self.num_groups, self.block_size = num_groups, block_size
+        self.head_dim, self.mlp = network.head_dim, network.layers[0][4].many.shape[0]
+        matrices = [matrix for layer in network.layers for matrix in layer[2:6]]
+        num_bytes = sum(matrix.many.numel() * matrix.many.element_size() for matrix in matrices)
+        self.most = most_tokens(num_bytes, matrices[0].many.dtype)
+        self._num_ids = len(network.wte_VD)
+        self._is_tiny = num_bytes < ONE_THREAD_BYTES
+        self._kept: list[Any] = [network, list(stores)]  # their memory is read
+        self._layers = (CLayer * cfg.n_layer)()
+        for i, (a, b, qkv, proj, fc, out, gate, table) in enumerate(network.layers):
+            described = [describe(matrix) for matrix in (qkv, proj, fc, out)]
+            small = None if gate is None else gate.contiguous()
+            self._kept.append(small)
+            self._layers[i] = CLayer(
+                *described, None if small is None else small.data_ptr(),
+                None if table is None else table.data_ptr(), stores[i].data_ptr(), groups[i], windows[i], a, b,
+            )  # fmt: skip
+        smear_gate = network.smear_gate.contiguous()
+        self._kept.append(smear_gate)
+        self._net = CNet(
+            ctypes.addressof(self._layers), network.wte_VD.data_ptr(), smear_gate.data_ptr(), None, None,
+            cfg.n_layer, cfg.n_embd, cfg.n_head, cfg.n_kv_head, self.head_dim, self.mlp,
+            SMEAR_CHANNELS, VE_GATE_CHANNELS, int(network.wte_VD.dtype == torch.bfloat16), block_size, 1,
+            cfg.n_layer // 2, network.smear, network.backout, QK_SCALE, NORM_EPS,
+        )  # fmt: skip
+        self._turn(cfg.sequence_len)
+
+    @staticmethod
+    def of(network: Any, stores: Sequence[Tensor], *place: Any) -> NativeStep | None:
+        """For a FusedNetwork on a CPU with fp32 keys and values, where decode.c could be built; else None."""
+        layers = getattr(network, "layers", None)
+        if not layers or library() is None or network.wte_VD.device.type != "cpu":
+            return None
+        tables = [network.wte_VD, *(layer[7] for layer in layers if layer[7] is not None)]
+        same = {table.dtype for table in tables} in ({torch.float32}, {torch.bfloat16})
+        if not same or any(not table.is_contiguous() for table in tables):
+            return None
+        if any(describe(matrix) is None for layer in layers for matrix in layer[2:6]):
+            return None
+        if any(store.dtype != torch.float32 or not store.is_contiguous() for store in stores):
+            return None
+        return NativeStep(network, stores, *place)
+
+    def _turn(self, num_positions: int) -> None:
+        """Angles of positions up to num_positions - 1."""
+        cos, sin = rope_tables(torch.arange(num_positions), self.head_dim, torch.float32)
+        self._cos, self._sin, self._num_positions = cos.contiguous(), sin.contiguous(), num_positions
+        self._net.cos, self._net.sin = self._cos.data_ptr(), self._sin.data_ptr()
+
+    def __call__(
+        self, ids: Sequence[int], prev: Sequence[int], positions: Sequence[int],
+        tables: Sequence[Sequence[Sequence[int]]],
+    ) -> Tensor:  # fmt: skip
+        """Hidden states (N, D); writes keys and values. tables[group][n]: the blocks of token n's sequence."""
+        lib, cfg, N = library(), self.config, len(ids)
+        assert lib is not None and N <= self.most
+        if min(ids) < 0 or max(*ids, *prev) >= self._num_ids:
+            raise IndexError(f"ids must lie between 0 and {self._num_ids - 1}, found {min(ids)} to {max(ids)}")
+        if max(positions) >= self._num_positions:
+            self._turn(2 * max(positions))
+        num_blocks = max(positions) // self.block_size + 1
+        flat = [
+            block
+            for group in tables
+            for table in group
+            for block in (*table[:num_blocks], *[0] * (num_blocks - len(table)))
+        ]
+        numbers = (ctypes.c_int64 * (3 * N))(*ids, *prev, *positions)
+        blocks = (ctypes.c_int32 * len(flat))(*flat)
+        E, H, K, D = self.head_dim, cfg.n_head, cfg.n_kv_head, cfg.n_embd
+        scratch = torch.empty(N * (4 * D + (H + 2 * K) * E + 2 * H * E + self.mlp))
+        hidden_ND = torch.empty(N, D)
+        self._net.threads = 1 if self._is_tiny else torch.get_num_threads()
+        at = ctypes.addressof(numbers)
+        lib.step(
+            ctypes.addressof(self._net), at, at + 8 * N, at + 16 * N, ctypes.addressof(blocks), N, num_blocks,
+            scratch.data_ptr(), hidden_ND.data_ptr(),
+        )  # fmt: skip
+        return hidden_ND
