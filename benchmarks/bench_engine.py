@@ -2,12 +2,18 @@
 
     python benchmarks/bench_engine.py --csv=auto
     python benchmarks/bench_engine.py --only=bandwidth --depth=20 --csv=auto
+    python benchmarks/bench_engine.py --only=load --depth=4 --head-dim=32 --vocab=4096 --csv=auto
+    python benchmarks/bench_engine.py --only=guess --csv=auto
 
 decode: one sequence. mixed: 32 requests of mixed lengths at once, as tokens a second of them all. Both
 against `model.generate`, which computes the whole row for every token, and against a plain loop with a KV
 cache, one prompt at a time, which casts the fp32 weights at every step (compute dtype bfloat16) or has none
 to cast (float32). bandwidth: one sequence of a model too large for any cache; bytes a step has to move
 (matrices as they are stored, keys and values, rows of tables) over what this machine reads meanwhile.
+load: --requests at once on --rows rows, as tokens a second of all, and how long each waits for its first.
+guess: --speculate tokens guessed a step against none, for a model that says a given text: one sequence that
+copies its prompt with every 25th word changed, and one that goes on with a chat of the embedded corpus. The
+texts stand for a trained model's; the words that fit the guesses are those of the texts, the time is real.
 
 --clock=cpu counts the process's own seconds, for machines with other work; the other work still takes its
 share of the memory. Weights are random: speed does not depend on them.
@@ -18,17 +24,22 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bench_train import record_path
 
-from nanochat import scaling
+import nanochat.engine.batch as batch_module
+from nanochat import chat, scaling
+from nanochat.data.synthetic import chats
+from nanochat.data.synthetic import documents as synthetic
 from nanochat.engine.batch import Batch
 from nanochat.engine.engine import Sampling
 from nanochat.engine.kv_cache import KVCache
@@ -92,7 +103,7 @@ def prompt_of(length: int, vocab: int) -> list[int]:
     return torch.randint(vocab, (length,), generator=torch.Generator().manual_seed(length)).tolist()
 
 
-def mixed_requests(vocab: int, context: int) -> list[tuple[list[int], int]]:
+def mixed_requests(vocab: int, context: int, count: int = NUM_REQUESTS) -> list[tuple[list[int], int]]:
     """(prompt, tokens to write): prompts of 1/32 to 1/4 of the context, answers of 1/16 to 1/4."""
     rng = torch.Generator().manual_seed(1)
 
@@ -101,7 +112,7 @@ def mixed_requests(vocab: int, context: int) -> list[tuple[list[int], int]]:
 
     return [
         (prompt_of(number(context // 32, context // 4), vocab), number(context // 16, context // 4))
-        for _ in range(NUM_REQUESTS)
+        for _ in range(count)
     ]
 
 
@@ -113,6 +124,74 @@ def run_mixed(batch: Batch, requests: list[tuple[list[int], int]], clock: Callab
         batch.emit()
         batch.compute()
     return sum(n for _, n in requests) / (clock() - begin)
+
+
+def first_token_waits(
+    batch: Batch, requests: list[tuple[list[int], int]], clock: Callable[[], float]
+) -> tuple[float, list[float]]:
+    """(tokens a second of all, seconds until the first token of each, shortest first)."""
+    rows = [Generation(p, n, Sampling(0.0), frozenset()) for p, n in requests]
+    begin, waits = clock(), dict[int, float]()
+    batch.admit(rows)
+    while batch.is_running:
+        for row in batch.emit():
+            waits.setdefault(id(row), clock() - begin)
+        batch.compute()
+    return sum(n for _, n in requests) / (clock() - begin), sorted(waits.values())
+
+
+def words_of(text: str, ids: dict[str, int]) -> list[int]:
+    """A word with the space before it is a token, as for a tokenizer that knows them all."""
+    return [ids.setdefault(word, len(ids)) for word in re.findall(r"\s?\w+|\W", text)]
+
+
+def told_texts(vocab: int, context: int) -> dict[str, tuple[list[int], list[int]]]:
+    """(prompt, answer) of a copy with changes and of a chat."""
+    ids: dict[str, int] = {}
+    story = list[int]()
+    for n in itertools.count():
+        story += words_of(synthetic.document(1, n), ids)
+        if len(story) >= context // 2 - 8:
+            break
+    story = story[: context // 2 - 8]
+    copied = [len(ids) if n % 25 == 24 else token for n, token in enumerate(story)]
+    said = list[int]()
+    for n in itertools.count():
+        for message in chats.conversation("mixed", 1, n)["messages"]:
+            said += words_of(chat.text_of(message["content"]) + "\n", ids)
+        if len(said) >= context - 8:
+            break
+    start = context // 8
+    texts = {"copy": (story, copied), "chat": (said[:start], said[start : context - 8])}
+    return {name: tuple([i % vocab for i in part] for part in pair) for name, pair in texts.items()}
+
+
+def tell(
+    batch: Batch, prompt: list[int], answer: list[int], clock: Callable[[], float]
+) -> tuple[float, float]:
+    """(tokens a second, tokens a forward pass) of a model that answers so: its draws cost what they cost, the
+    text decides what comes of them."""
+    row, num_steps = Generation(prompt, len(answer), Sampling(0.0), frozenset()), 0
+    real = batch_module.sample
+
+    def sample(logits: torch.Tensor, settings: object, positions: list[int], *rest: object) -> list[int]:
+        real(logits, settings, positions, *rest)
+        return [answer[position - len(prompt)] for position in positions]
+
+    batch_module.sample = sample
+    try:
+        batch.admit([row])
+        batch.compute()
+        begin = clock()
+        while batch.is_running:
+            batch.emit()
+            batch.compute()
+            num_steps += 1
+        seconds = clock() - begin
+    finally:
+        batch_module.sample = real
+    assert row.output == answer
+    return len(answer) / seconds, len(answer) / num_steps
 
 
 def bandwidth(
@@ -147,12 +226,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="decode,mixed", help="of decode, mixed, bandwidth")
+    parser.add_argument("--only", default="decode,mixed", help="of decode, mixed, bandwidth, load, guess")
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--vocab", type=int, default=32768)
     parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--dtype", help="of the engine's matrices: float32, bfloat16 (default: by cpu_dtype)")
+    parser.add_argument(
+        "--dtype", help="of the engine's matrices: float32, bfloat16, int8 (default: by cpu_dtype)"
+    )
+    parser.add_argument("--requests", default="64,256", help="of load")
+    parser.add_argument("--rows", type=int, default=64, help="that run at once, of load")
+    parser.add_argument("--speculate", default="3,8", help="tokens guessed at most, of guess")
     parser.add_argument("--tokens", type=int, default=24, help="per measurement of one sequence")
     parser.add_argument("--plain-requests", type=int, default=3, help="of the 32, given to the plain loop")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
@@ -173,13 +257,14 @@ def main() -> None:
             "vocab": args.vocab, "context_tokens": args.context, "dtype": str(dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(), "clock": args.clock,
             "step_seconds": "", "tokens_per_second": "", "ratio": "", "floor": "", "bytes_per_step": "",
-            "read_bytes_per_second": "",
+            "read_bytes_per_second": "", "first_token_p50_seconds": "", "first_token_p99_seconds": "",
+            "tokens_per_pass": "",
         }  # fmt: skip
         rows.append({**row, **found})
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items() if value != ""), flush=True)
 
-    def batch_of(num_rows: int) -> Batch:
-        return Batch(model, num_rows, args.context, network=network)
+    def batch_of(num_rows: int, **how: Any) -> Batch:
+        return Batch(model, num_rows, args.context, network=network, **how)
 
     wide, narrow = torch.float32, torch.bfloat16
     if "decode" in args.only:
@@ -217,15 +302,33 @@ def main() -> None:
             ratio=round(moved / ours / rate, 3), floor=FLOORS["bandwidth"], bytes_per_step=moved,
             read_bytes_per_second=round(rate),
         )  # fmt: skip
+    for count in map(int, args.requests.split(",")) if "load" in args.only else ():
+        requests = mixed_requests(args.vocab, args.context, count)
+        rate, waits = first_token_waits(batch_of(args.rows), requests, clock)
+        note(
+            f"load {count}", f"engine, {args.rows} rows", tokens_per_second=round(rate, 1),
+            first_token_p50_seconds=round(waits[len(waits) // 2], 4),
+            first_token_p99_seconds=round(waits[len(waits) * 99 // 100], 4),
+        )  # fmt: skip
+    for name, (prompt, answer) in (
+        told_texts(args.vocab, args.context).items() if "guess" in args.only else ()
+    ):
+        plain = 0.0
+        for most in (0, *map(int, args.speculate.split(","))):
+            rate, per_pass = tell(batch_of(1, speculate=most, in_bursts=True), prompt, answer, clock)
+            plain = plain or rate
+            note(
+                f"guess {name}", f"at most {most}", tokens_per_second=round(rate, 2),
+                ratio=round(rate / plain, 2), tokens_per_pass=round(per_pass, 2),
+            )  # fmt: skip
     if args.csv:
         path = Path(args.csv) if args.csv != "auto" else record_path("engine")
         path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not path.exists()
-        with open(path, "a", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            if is_new:
-                writer.writeheader()
-            writer.writerows(rows)
+        older = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+        with open(path, "w", newline="") as file:  # rows of before may lack columns of today
+            writer = csv.DictWriter(file, list(rows[0]), restval="")
+            writer.writeheader()
+            writer.writerows([*older, *rows])
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ class Settings:
     history: bool = setting(True, "keep what was typed for the arrow keys, in the home directory")
     seed: int | None = setting(None, "seed of the answers (default: another one each time)")
     device: str | None = setting(None, "cpu, cuda or mps (default: what there is)")
-    dtype: str | None = setting(None, "float32 or bfloat16 (default: float32, on a GPU bfloat16)")
+    dtype: str | None = setting(None, "float32, bfloat16 or int8 (default: see docs/engine.md)")
+    speculate: int = setting(0, "tokens guessed at most a step; answers stay the same (0: none)")
 
 
 PRESETS = {name: Settings() for name in ("smoke", "cpu-demo", "single-gpu", "speedrun")}
@@ -52,8 +53,9 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     say = speaker()
     opened = open_engine(
-        Home.find(settings.home), settings.tag, settings.stage, settings.step, settings.device, settings.dtype
-    )
+        Home.find(settings.home), settings.tag, settings.stage, settings.step, settings.device,
+        settings.dtype, settings.speculate,
+    )  # fmt: skip
     if opened.warning:
         print(f"note: {opened.warning}", file=sys.stderr)
     seed = secrets.randbelow(2**31) if settings.seed is None else settings.seed

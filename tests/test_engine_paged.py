@@ -11,6 +11,7 @@ import torch
 from test_engine import BOS, END, OUT, OUT_END, PY, PY_END, Bytes, prompt, tiny
 
 import nanochat.engine.runner as runner_module
+from nanochat import native
 from nanochat.engine.batch import Batch
 from nanochat.engine.engine import Engine, Sampling
 from nanochat.engine.network import FusedNetwork, Matrix, TrunkNetwork, cpu_dtype
@@ -127,9 +128,11 @@ def test_forks_compute_the_prompt_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def count_tokens(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens of each forward pass."""
     counts: list[int] = []
-    real = batch.runner.network.hidden
+    real = batch.runner.run
     monkeypatch.setattr(
-        batch.runner.network, "hidden", lambda ids, *rest: (counts.append(len(ids)), real(ids, *rest))[1]
+        batch.runner,
+        "run",
+        lambda chunks, *rest: (counts.append(sum(c.stop - c.start for c in chunks)), real(chunks, *rest))[1],
     )
     return counts
 
@@ -160,6 +163,7 @@ def test_any_prefill_chunk_equals_one(budget: int) -> None:
 
 def test_paged_kernels_equal_views(monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of GPUs, through page tables, and gathered blocks give what views of the cache give."""
+    monkeypatch.setattr(native, "_override", False)
     prompts = texts(6, longest=300)
     wanted = [alone(ids, 8, seed=i) for i, ids in enumerate(prompts)]
     for is_paged in (True, False):
@@ -174,6 +178,7 @@ def test_paged_kernels_equal_views(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_masked_rows_equal_single_calls(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One call for all rows or one a row; rows come and go, and pass the window's ring (272 + 16 slots)."""
     monkeypatch.setattr("nanochat.engine.runner.CALL_BYTES", limit)
+    monkeypatch.setattr(native, "_override", False)
     calls = []
     real = runner_module.attend_kept
     monkeypatch.setattr(runner_module, "attend_kept", lambda *a: (calls.append(len(a[0])), real(*a))[1])
@@ -185,6 +190,7 @@ def test_masked_rows_equal_single_calls(limit: int, monkeypatch: pytest.MonkeyPa
 
 def test_a_window_that_comes_round_is_not_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     """One row, past the ring of 288 slots: the masked call, and the tokens of a full recomputation."""
+    monkeypatch.setattr(native, "_override", False)
     calls = []
     real = runner_module.attend_kept
     monkeypatch.setattr(runner_module, "attend_kept", lambda *a: (calls.append(len(a[0])), real(*a))[1])
@@ -380,8 +386,9 @@ def test_weights_are_cast_once() -> None:
 
 
 @pytest.mark.parametrize("size", [1.0, 1e9])
-def test_one_token_in_fp16_never_overflows(size: float) -> None:
+def test_one_token_in_fp16_never_overflows(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """relu^2 has no bound: the input is scaled, the output is fp32, and nearer to the truth than bf16."""
+    monkeypatch.setattr(native, "_override", False)
     rng = torch.Generator().manual_seed(0)
     weight, x = torch.randn(50, 90, generator=rng), torch.randn(1, 90, generator=rng) * size
     matrix = Matrix(weight, torch.bfloat16, is_free=True)

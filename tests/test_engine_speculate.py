@@ -1,4 +1,4 @@
-"""Guessed tokens change nothing but the number of steps: whatever is drawn, it is what is drawn without them."""
+"""Guessed tokens change nothing but the number of steps: what is drawn is what is drawn without them."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_through_page_tables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_forks_and_second_turns() -> None:
-    """Forks of one prompt; then a prompt that goes on where a guessing sequence has stopped, past the window."""
+    """Forks of one prompt; then a prompt that goes on where a guessing row has stopped, past the window."""
     ids = prompt(30) * 9
     batch = Batch(MODEL, 3, 420, speculate=7)
     rows = [start(ids, 40, seed=i, temperature=0.4) for i in range(3)]
@@ -186,11 +186,13 @@ def test_the_tool_is_called_inside_a_guess(in_bursts: bool) -> None:
 
 
 def test_surface() -> None:
-    """generate, complete and columns of several samples, by the flag of the engine; a plain model ignores it."""
+    """generate, complete and columns of several samples, by the engine's flag; a plain model ignores it."""
     ids = prompt(10) * 3
     plain, quick = Engine(MODEL, Bytes()), Engine(MODEL, Bytes(), speculate=6)
     for how in ({"temperature": 0.0}, {"temperature": 0.5, "num_samples": 3}):
-        assert list(plain.generate(ids, max_tokens=40, **how)) == list(quick.generate(ids, max_tokens=40, **how))
+        assert list(plain.generate(ids, max_tokens=40, **how)) == list(
+            quick.generate(ids, max_tokens=40, **how)
+        )
     assert plain.complete([ids] * 2, max_tokens=30) == quick.complete([ids] * 2, max_tokens=30)
     script = Engine(Script([65], start=4), Bytes(), speculate=4)
     assert len(list(script.generate([1, 2, 3, 4]))) == 60
@@ -213,7 +215,9 @@ def test_guesses_never_spoil_the_cache(seed: int) -> None:
             world.scheduler.add(everyone[-1])
         for g in world.scheduler.running:
             if g.output and g.lag == 1 and not g.forced:
-                g.draft = [rng.randrange(2) for _ in range(min(rng.randrange(5), g.limit - len(g.output) - 1))]
+                g.draft = [
+                    rng.randrange(2) for _ in range(min(rng.randrange(5), g.limit - len(g.output) - 1))
+                ]
         world.step()
         for g in list(world.scheduler.running):
             going = g.lag == 0

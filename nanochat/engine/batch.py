@@ -29,7 +29,7 @@ class Batch:
     network: the model made ready by somebody who keeps it (else it is made here, weights cast once).
     token_budget: tokens computed in a step at most. num_blocks: of the cache, 16 tokens each (default: enough
     for all rows at their longest); with fewer, sequences that do not fit wait, the newest are computed anew.
-    in_bursts: text that the tool forces, and guesses that were right, appear in one emit, not a token an emit.
+    in_bursts: forced text, and guesses that were right, appear in one emit, not a token an emit.
     speculate: tokens guessed at most a step and row (nanochat.engine.lookup), 0 for none. What is drawn does
     not depend on it: a guess is kept where it is the token drawn anyway.
     """
@@ -53,7 +53,9 @@ class Batch:
         self.blocks = BlockManager(pools, BLOCK_SIZE)
         self.scheduler = Scheduler(self.blocks, num_rows, token_budget)
         self.runner = Runner(network or network_of(model), model.config, pools, model.get_device())
-        self._ready: dict[Generation, list[torch.Tensor]] = {}  # logits (V,) of rows that can draw, one a draw
+        self._ready: dict[
+            Generation, list[torch.Tensor]
+        ] = {}  # logits (V,) of rows that can draw, one a draw
         self._stacked_BV: torch.Tensor | None = None  # the same as one tensor, while it is
 
     @property
@@ -131,7 +133,10 @@ class Batch:
         if not chunks:
             return
         hidden_ND = self.runner.run(chunks, copies)
-        ends, at = list[tuple[Generation, int]](), 0  # one entry a draw: the row, its place among the N tokens
+        ends, at = (
+            list[tuple[Generation, int]](),
+            0,
+        )  # one entry a draw: the row, its place among the N tokens
         for chunk in chunks:
             if chunk.generation.prompt_logprobs is not None:
                 self._score_prompt(chunk, hidden_ND[at : at + chunk.stop - chunk.start])

@@ -300,11 +300,11 @@ static SEPARATE void attend(const Net *net, const Layer *layer, const float *q, 
     for (int64_t j = 0; j < E; j++) y[j] /= total;
 }
 
-/* ids, prev (-1: none), positions (count); tables (groups, count, blocks): block numbers of each token's sequence;
+/* ids, prev (-1: none), positions (count); pairs (count, D), added to the embeddings, or NULL; tables (groups, count, blocks): block numbers of each token's sequence;
  * scratch: see native_step.py. -> hidden (count, D). Keys and values of all tokens are written first, so a token
  * sees those of its own sequence that come with it. */
 EXPORT void step(const Net *net, const int64_t *ids, const int64_t *prev, const int64_t *positions,
-                 const int32_t *tables, int64_t count, int64_t blocks, float *scratch, float *hidden) {
+                 const float *pairs, const int32_t *tables, int64_t count, int64_t blocks, float *scratch, float *hidden) {
     int64_t D = net->width, H = net->num_heads, K = net->num_kv_heads, E = net->head_dim, G = H + 2 * K;
     int64_t longest = 0, half = E / 2;
     for (int64_t n = 0; n < count; n++) longest = positions[n] > longest ? positions[n] : longest;
@@ -326,6 +326,7 @@ EXPORT void step(const Net *net, const int64_t *ids, const int64_t *prev, const 
                 float gate = net->smear * sigmoid(dot(h, net->smear_gate, net->smear_channels));
                 for (int64_t j = 0; j < D; j++) h[j] += gate * before[j];
             }
+            for (int64_t j = 0; pairs && j < D; j++) h[j] += pairs[n * D + j];
             memcpy(x0 + n * D, h, (size_t)D * 4);
         }
         for (int64_t i = 0; i < net->num_layers; i++) {

@@ -37,8 +37,8 @@ def is_ragged(model: Any) -> bool:
 
 class Engine:
     """Generates with a model and its tokenizer. Between calls it keeps the weights cast to `dtype` (default:
-    the model's compute dtype), and notices when the model's have changed. speculate: see Batch; without effect
-    for a model that has only `forward`.
+    the model's compute dtype; int8: see Matrix), and notices when the model's have changed. speculate: see
+    Batch; without effect for a model that has only `forward`.
 
     The tokenizer needs encode_special, get_bos_token_id, encode and decode; for stop strings, decode_bytes
     and get_special_tokens too.

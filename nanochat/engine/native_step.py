@@ -2,8 +2,8 @@
 
 In PyTorch a step of one token is a hundred small operations a layer beside four matrices. Here it is one pass
 over each matrix: no copies, no masks, no gathered keys. What cannot be run here (no compiler, a GPU, many
-tokens) goes through network.py, which is the oracle. native._override = False turns it off. Letters: N tokens,
-D width, H query heads, K key/value heads, E head size.
+tokens) goes through network.py, which is the oracle. native._override = False turns it off.
+Letters: N tokens, D width, H query heads, K key/value heads, E head size.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nanochat import native
+from nanochat.bigram import look_up
 from nanochat.fused import NORM_EPS, rope_tables
 from nanochat.gpt import QK_SCALE, SMEAR_CHANNELS, VE_GATE_CHANNELS
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from nanochat.engine.network import FusedNetwork, Matrix
 
 SOURCE = Path(__file__).with_name("decode.c")
-SIGNATURES = {"multiply": "pplpi", "step": "pppppllpp"}
+SIGNATURES = {"multiply": "pplpi", "step": "ppppppllpp"}
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 # Tokens in one call at most. Beyond, PyTorch's matrix products win; int8 would have to be widened for them.
 MOST, MOST_INT8, MOST_SMALL = 4, 8, 16
@@ -94,7 +95,7 @@ def multiply(matrix: CMatrix, x_ND: Tensor) -> Tensor:
 
 
 class NativeStep:
-    """Steps of up to `most` tokens of one network over one paged cache; `of` says whether that is possible."""
+    """Steps of up to `most` tokens of one network over one paged cache; `of` says whether it can be had."""
 
     def __init__(
         self, network: FusedNetwork, stores: Sequence[Tensor], windows: Sequence[int], groups: Sequence[int],
@@ -106,6 +107,7 @@ class NativeStep:
         matrices = [matrix for layer in network.layers for matrix in layer[2:6]]
         num_bytes = sum(matrix.many.numel() * matrix.many.element_size() for matrix in matrices)
         self.most = most_tokens(num_bytes, matrices[0].many.dtype)
+        self._pairs = network.bigram_RD
         self._num_ids = len(network.wte_VD)
         self._is_tiny = num_bytes < ONE_THREAD_BYTES
         self._kept: list[Any] = [network, list(stores)]  # their memory is read
@@ -116,7 +118,8 @@ class NativeStep:
             self._kept.append(small)
             self._layers[i] = CLayer(
                 *described, None if small is None else small.data_ptr(),
-                None if table is None else table.data_ptr(), stores[i].data_ptr(), groups[i], windows[i], a, b,
+                None if table is None else table.data_ptr(), stores[i].data_ptr(),
+                groups[i], windows[i], a, b,
             )  # fmt: skip
         smear_gate = network.smear_gate.contiguous()
         self._kept.append(smear_gate)
@@ -154,11 +157,16 @@ class NativeStep:
         self, ids: Sequence[int], prev: Sequence[int], positions: Sequence[int],
         tables: Sequence[Sequence[Sequence[int]]],
     ) -> Tensor:  # fmt: skip
-        """Hidden states (N, D); writes keys and values. tables[group][n]: the blocks of token n's sequence."""
+        """Hidden states (N, D); writes keys and values. tables[group][n]: the blocks of token n's row.
+
+        Raises IndexError for ids outside the vocabulary.
+        """
         lib, cfg, N = library(), self.config, len(ids)
-        assert lib is not None and N <= self.most
+        assert lib is not None and self.most >= N
         if min(ids) < 0 or max(*ids, *prev) >= self._num_ids:
-            raise IndexError(f"ids must lie between 0 and {self._num_ids - 1}, found {min(ids)} to {max(ids)}")
+            raise IndexError(
+                f"ids must lie between 0 and {self._num_ids - 1}, found {min(ids)} to {max(ids)}"
+            )
         if max(positions) >= self._num_positions:
             self._turn(2 * max(positions))
         num_blocks = max(positions) // self.block_size + 1
@@ -174,9 +182,12 @@ class NativeStep:
         scratch = torch.empty(N * (4 * D + (H + 2 * K) * E + 2 * H * E + self.mlp))
         hidden_ND = torch.empty(N, D)
         self._net.threads = 1 if self._is_tiny else torch.get_num_threads()
-        at = ctypes.addressof(numbers)
+        at, pairs_ND = ctypes.addressof(numbers), None
+        if self._pairs is not None:
+            pairs_ND = look_up(torch.tensor(ids), torch.tensor(prev), self._pairs).float().contiguous()
         lib.step(
-            ctypes.addressof(self._net), at, at + 8 * N, at + 16 * N, ctypes.addressof(blocks), N, num_blocks,
+            ctypes.addressof(self._net), at, at + 8 * N, at + 16 * N,
+            None if pairs_ND is None else pairs_ND.data_ptr(), ctypes.addressof(blocks), N, num_blocks,
             scratch.data_ptr(), hidden_ND.data_ptr(),
         )  # fmt: skip
         return hidden_ND

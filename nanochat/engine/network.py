@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat import hardware
+from nanochat.bigram import look_up
 from nanochat.cross_entropy import softcap
 from nanochat.engine import native_step
 from nanochat.fused import inverse_rms, rope_tables
@@ -80,11 +81,11 @@ class Matrix:
     """x -> x W^T in the dtype of x, with W kept as it is multiplied fastest, cast once.
 
     dtype int8 keeps codes and a scale a row (see quantize). On a CPU with a compiler few tokens go through
-    decode.c, which reads any of them at the speed of memory. Without one, fp32 is laid out by columns (one token:
-    5.0 against 3.1 billion weights/s), and bf16 has an fp16 twin for one token (9.9 against 7.0; one core of an AMD
-    EPYC with AVX512-BF16): as many bytes, read by a better kernel, and three bits more exact. is_free: inputs
-    have no bound, as relu^2 has none; they are scaled to at most 1, for fp16 ends at 65,504. wide: what many
-    tokens times int8 are computed in.
+    decode.c, which multiplies any of the three in fp32. Without one, fp32 is laid out by columns (one token:
+    5.0 against 3.1 billion weights/s), and bf16 has an fp16 twin for one token (9.9 against 7.0; one core of
+    an AMD EPYC with AVX512-BF16): as many bytes, read by a better kernel, and three bits more exact.
+    is_free: inputs have no bound, as relu^2 has none; they are scaled to at most 1, for fp16 ends at 65,504.
+    wide: what many tokens times int8 are computed in.
     """
 
     def __init__(
@@ -132,8 +133,8 @@ class Matrix:
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes int8 (rows, cols), scale fp32 (rows,)), weight = scale * code +- scale / 2: symmetric, the largest
-    entry of a row is 127. A product's error is at most scale / 2 times the sum of |x|.
+    """(codes int8 (rows, cols), scale fp32 (rows,)), weight = scale * code +- scale / 2: symmetric, the
+    largest entry of a row is 127. A product's error is at most scale / 2 times the sum of |x|.
     """
     weight = weight.detach().float()
     largest = weight.abs().amax(dim=1)
@@ -155,8 +156,8 @@ def cpu_dtype(model: Any) -> torch.dtype:
 class FusedNetwork:
     """A copy of a GPT's matrices in `dtype`, q, k, v side by side; embedding tables stay the model's.
 
-    On a CPU all that is no product is fp32, whatever the matrices are; on a GPU with int8 matrices the model's
-    compute dtype.
+    On a CPU all that is no product is fp32, whatever the matrices are; on a GPU with int8 matrices it is the
+    model's compute dtype.
     """
 
     @torch.no_grad()
@@ -177,6 +178,7 @@ class FusedNetwork:
         values = cast("dict[str, Embedding]", model.value_embeds)
         self.wte_VD = model.wte.weight.detach()
         self.head = matrix(model.lm_head.weight[: model.config.vocab_size])
+        self.bigram_RD = None if model.bigram_embeds is None else model.bigram_embeds.weight.detach()
         self.smear_gate = model.smear_gate.weight.detach().to(self.dtype)
         self.smear, self.backout = number(model.smear_lambda), number(model.backout_lambda)
         self.layers = []
@@ -205,6 +207,8 @@ class FusedNetwork:
         h_ND, before_ND = _norm(both_ND).split(N)
         gate_N1 = torch.sigmoid(F.linear(h_ND[:, :SMEAR_CHANNELS], self.smear_gate)).mul_(self.smear)
         x_ND = torch.addcmul(h_ND, gate_N1.masked_fill_((prev_N < 0).unsqueeze(1), 0), before_ND)
+        if self.bigram_RD is not None:
+            x_ND = x_ND + look_up(ids_N, prev_N, self.bigram_RD).to(dtype)
         x0_ND = middle_ND = x_ND
         cos, sin = rope_tables(positions_N, E, dtype)
         cos_N1E, sin_N1E = torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)

@@ -19,7 +19,7 @@ FREE_FRAC = 0.01  # of the blocks, kept back when a sequence is admitted
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens start .. stop - 1 of a sequence are computed in this step, the last num_drafted only proposed."""
+    """Tokens start .. stop - 1 of a sequence are computed in this step; the last num_drafted are guesses."""
 
     generation: Generation
     start: int

@@ -70,7 +70,7 @@ class Generation:
         self.strays: list[int] = []
         self.nodes: list[Any] = []
         self.leader: Generation | None = None
-        # Proposed tokens that follow the known ones, not known themselves, and how many were proposed at once.
+        # Guesses that follow the known tokens, not known themselves, and how many were made at once.
         self.draft: list[int] = []
         self.num_drafted = 0
         self.lookup: Lookup | None = None

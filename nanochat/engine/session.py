@@ -49,18 +49,24 @@ def open_engine(
     step: int | None,
     device: str | None = None,
     dtype: str | None = None,
+    speculate: int = 0,
 ) -> Opened:
     """The engine of a stage (None: the most trained one that has a checkpoint). Raises UserError without one.
 
-    dtype None is bfloat16 on a GPU; on a CPU see cpu_dtype.
+    dtype None is bfloat16 on a GPU; on a CPU see cpu_dtype. int8 is for the matrices alone (engine.network).
+    speculate: tokens guessed at most a step (engine.lookup).
     """
+    if speculate < 0:
+        raise UserError(f"--speculate must be at least 0, found {speculate}", "0 guesses nothing")
+    is_int8 = dtype == "int8"
+    dtype = None if is_int8 else dtype
     stage = stage or models.newest_stage(home, tag)
     has_gpu = device == "cuda" or (device is None and torch.cuda.is_available())
     rt = runtime.start(device, dtype or (None if has_gpu else "float32"))
     model, tok, found = models.load_model(home, tag, stage, rt=rt, step=step)
     if dtype is None and model.get_device().type == "cpu":
         model.compute_dtype = cpu_dtype(model)
-    return Opened(Engine(model, tok), stage, found.step)
+    return Opened(Engine(model, tok, torch.int8 if is_int8 else None, speculate=speculate), stage, found.step)
 
 
 HELP = """\
