@@ -15,9 +15,10 @@ from torch import Tensor
 
 import nanochat.flash_attention as fa
 from nanochat.engine.blocks import Copy, Pool
+from nanochat.engine.graphs import StaticSteps
 from nanochat.engine.kv_cache import PagedCache
 from nanochat.engine.native_step import NativeStep
-from nanochat.engine.network import Network
+from nanochat.engine.network import FusedNetwork, Network
 from nanochat.engine.scheduler import Chunk
 from nanochat.flash_attention.cache import attend_kept
 from nanochat.flash_attention.select import pick
@@ -75,6 +76,12 @@ class Runner:
         }
         self._windows = [-1 if window is None else window for window, _ in groups]
         self._pools = pools
+        self.static: StaticSteps | None = None
+        self._last: tuple[Tensor, Tensor] | None = None  # hidden states and logits of a graph
+        if device.type == "cuda" and isinstance(network, FusedNetwork):
+            self.static = StaticSteps(
+                network, self.cache, self._place, self._windows, self.num_kv_heads, device
+            )
         stores = [self.cache.kv[group][i] for group, i in (self._place[n] for n in range(config.n_layer))]
         groups_by_layer = [self._place[n][0] for n in range(config.n_layer)]
         windows = [self._windows[group] for group in groups_by_layer]
@@ -103,6 +110,10 @@ class Runner:
             rows = [chunk.generation.tables for chunk in chunks for _ in range(chunk.start, chunk.stop)]
             by_group = [[tables[group] for tables in rows] for group in range(len(self._pools))]
             return self.native(ids, prev, positions, by_group)
+        if self.static is not None:
+            self._last = self.static(chunks, ids, prev, positions)
+            if self._last is not None:
+                return self._last[0]
         numbers_3N = torch.tensor([ids, prev, positions], device=self.device)
         attend = self._attend_paged(chunks) if self.is_paged else self._attend_views(chunks)
         lengths = [chunk.stop - chunk.start for chunk in chunks]
@@ -111,6 +122,8 @@ class Runner:
     @torch.no_grad()
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """fp32 logits (N, V)."""
+        if self._last is not None and hidden_ND is self._last[0]:
+            return self._last[1]
         return self.network.logits(hidden_ND)
 
     # ------------------------------------------------------------------ attention

@@ -1,0 +1,161 @@
+"""Steps of single tokens with shapes that do not change, so that a GPU can replay them as one graph.
+
+A small model's step is some hundred kernels, each of which takes longer to launch than to run. A graph of them
+is captured once for a number of rows and a length of block tables and replayed with one launch: numbers and
+tables are copied into buffers that the graph reads, rows that are missing compute a dummy (block 0, which
+nobody reads), logits come out. Whatever fails to be captured runs as before, and stderr says why. Letters:
+B rows of the graph, W blocks of a table, D width, K key/value heads, E head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+import nanochat.flash_attention as fa
+from nanochat.engine.kv_cache import PagedCache
+from nanochat.engine.network import Network
+from nanochat.engine.scheduler import Chunk
+from nanochat.flash_attention.cache import Cache
+from nanochat.flash_attention.select import pick
+
+SHORTEST = 8  # blocks of a table; longer ones double
+WARM_UPS = 2  # runs before a capture: libraries allocate and choose their kernels
+
+
+class Graph(Protocol):
+    """What was recorded of a function without arguments; `output` is overwritten by each replay."""
+
+    output: tuple[Tensor, Tensor]
+
+    def replay(self) -> None: ...
+
+
+Capture = Callable[[Callable[[], tuple[Tensor, Tensor]], Any], Graph]
+
+
+class CudaGraph:
+    """A function captured on the current GPU; its memory comes from `pool`, which several may share."""
+
+    def __init__(self, run: Callable[[], tuple[Tensor, Tensor]], pool: Any) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        # thread_local: other threads of a server may use the GPU meanwhile
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            self.output = run()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+def rows_of(count: int) -> int:
+    """Rows of the graph that serves `count`: 1, 2, 4, then multiples of 8."""
+    return next((rows for rows in (1, 2, 4) if count <= rows), -(-count // 8) * 8)
+
+
+def blocks_of(count: int) -> int:
+    """Blocks a table of the graph that serves tables of `count`: SHORTEST times a power of two."""
+    return max(SHORTEST, 1 << (count - 1).bit_length())
+
+
+class StaticSteps:
+    """Graphs of one network over one paged cache, captured when first needed.
+
+    place: layer -> (group, index within it); windows by group, -1 for everything. A step is (hidden (n, D),
+    logits (n, V)) of n <= most rows, or None for what must run another way.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        cache: PagedCache,
+        place: dict[int, tuple[int, int]],
+        windows: Sequence[int],
+        num_kv_heads: int,
+        device: torch.device,
+        capture: Capture = CudaGraph,
+        most: int = 256,
+    ) -> None:
+        self.network, self.cache, self.place, self.windows = network, cache, place, windows
+        self.num_kv_heads, self.device, self.capture, self.most = num_kv_heads, device, capture, most
+        self.problem: str | None = None
+        self._graphs: dict[tuple[int, int], tuple[Graph, Tensor, Tensor]] = {}
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    @torch.no_grad()
+    def __call__(
+        self, chunks: Sequence[Chunk], ids: list[int], prev: list[int], positions: list[int]
+    ) -> tuple[Tensor, Tensor] | None:
+        """Compute these single tokens, whose blocks are reserved; writes keys and values."""
+        count = len(chunks)
+        if self.problem or count > self.most or any(chunk.stop - chunk.start != 1 for chunk in chunks):
+            return None
+        size = self.cache.block_size
+        rows, blocks = rows_of(count), blocks_of(max(positions) // size + 1)
+        spare = rows - count
+        numbers_3B = torch.tensor(
+            [[*ids, *[0] * spare], [*prev, *[-1] * spare], [*positions, *[0] * spare]], dtype=torch.int64
+        )
+        empty = [0] * blocks
+        tables_GBW = torch.tensor(
+            [
+                [*((chunk.generation.tables[group] + empty)[:blocks] for chunk in chunks), *[empty] * spare]
+                for group in range(len(self.windows))
+            ],
+            dtype=torch.int32,
+        )
+        found = self._graphs.get((rows, blocks))
+        if found is None:
+            found = self._captured(numbers_3B.to(self.device), tables_GBW.to(self.device))
+            if found is None:
+                return None
+            self._graphs[rows, blocks] = found
+        graph, static_3B, static_GBW = found
+        static_3B.copy_(numbers_3B)
+        static_GBW.copy_(tables_GBW)
+        graph.replay()
+        hidden_BD, logits_BV = graph.output
+        return hidden_BD[:count].clone(), logits_BV[:count].clone()  # the next replay writes over them
+
+    def _captured(self, static_3B: Tensor, static_GBW: Tensor) -> tuple[Graph, Tensor, Tensor] | None:
+        """Running it while capturing is harmless: it writes the same keys and values as the replay."""
+        lengths = [1] * static_3B.shape[1]
+
+        def run() -> tuple[Tensor, Tensor]:
+            attend = self._attend(static_3B[2], static_GBW)
+            hidden_BD = self.network.hidden(static_3B[0], static_3B[1], static_3B[2], attend, lengths)
+            return hidden_BD, self.network.logits(hidden_BD)
+
+        try:
+            return self.capture(run, self._pool), static_3B, static_GBW
+        except Exception as error:  # whatever a driver or a kernel raises is its reason, and is shown
+            self.problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            print(f"engine: steps are launched one kernel at a time, because {self.problem}", file=sys.stderr)
+            return None
+
+    def _attend(self, positions_B: Tensor, tables_GBW: Tensor) -> Any:
+        K, size, dtype = self.num_kv_heads, self.cache.block_size, self.cache.dtype
+        tier = pick(fa._override_impl, self.device, dtype)
+
+        def attend(layer: int, q_BHE: Tensor, kv_B2KE: Tensor) -> Tensor:
+            group, i = self.place[layer]
+            store_PS2KE = self.cache.kv[group][i].unflatten(0, (-1, size))
+            kv = kv_B2KE.to(dtype).unsqueeze(1)
+            keys, values = store_PS2KE[:, :, :K], store_PS2KE[:, :, K:]
+            cache = Cache(keys, values, positions_B, None, tables_GBW[group])
+            cache = cache.append(kv[:, :, :K], kv[:, :, K:])
+            left = None if self.windows[group] < 0 else self.windows[group]
+            y_B1HE = tier.attend_cache(q_BHE.to(dtype).unsqueeze(1), cache, left, 0)
+            y_BHE: Tensor = y_B1HE.squeeze(1).to(q_BHE.dtype)
+            return y_BHE
+
+        return attend
