@@ -1,8 +1,8 @@
 """Steps of fixed shapes, recorded once and replayed: without a GPU the recording is a list of ATen calls.
 
 make_fx runs the function once and keeps the operations with the very tensors they read and wrote, as a CUDA
-graph does; a replay that depended on anything else (Python's numbers, a length read by the host) would compute
-the old step again, or fail to be recorded.
+graph does; a replay that needed anything else (numbers of Python, a length read by the host) would compute
+the old step again, or could not be recorded.
 """
 
 from __future__ import annotations

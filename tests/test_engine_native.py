@@ -55,6 +55,19 @@ def test_threads_change_no_bit() -> None:
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_copies_in_huge_pages(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy, not the model's own memory, and it lives as long as the tensor."""
+    matrix = random(40, 30).mul(50).to(dtype)
+    for size in (1, 1 << 40):
+        monkeypatch.setattr(native_step, "HUGE_BYTES", size)
+        found = native_step.in_huge_pages(matrix.t())
+        assert torch.equal(found, matrix.t()) and found.is_contiguous()
+        assert found.data_ptr() != matrix.data_ptr()
+        found += 1
+        assert torch.equal(found, matrix.t() + 1)
+
+
 # ---------------------------------------------------------------- a whole step
 
 

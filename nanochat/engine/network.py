@@ -106,7 +106,9 @@ class Matrix:
         elif on_cpu and dtype == torch.float32 and not is_native:
             self.many = weight.to(dtype).t().contiguous().t()
         else:
-            self.many = weight.to(dtype, copy=True).contiguous()
+            self.many = weight.to(dtype, copy=not is_native).contiguous()
+        if is_native:
+            self.many = native_step.in_huge_pages(self.many)
         if not is_native and on_cpu and dtype == torch.bfloat16 and weight.abs().max() < 1024:
             self.single = weight.to(torch.float16)
         self._native = native_step.describe(self) if is_native else None
