@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from nanochat.data.synthetic import conversation
 from nanochat.data.synthetic.chats import messages
@@ -117,7 +117,12 @@ class Blind(HeldOut):
     """
 
     name = file = "blind"
-    judges = {"facts": Facts, "arithmetic": Arithmetic, "letters": LetterCounting, "identity": Identity}
+    judges: ClassVar = {
+        "facts": Facts,
+        "arithmetic": Arithmetic,
+        "letters": LetterCounting,
+        "identity": Identity,
+    }
 
     def get_example(self, index: int) -> Conversation:
         record = self.records[index]
