@@ -32,7 +32,7 @@ LESSONS: dict[str, list[tuple[int, dict[str, int]]]] = {
     "mid": [
         (2600, {"reorder": 50, "lookup": 50}),
         (6000, {"reorder": 15, "copy": 5, "lookup": 25, "quiz": 35, "facts": 20}),
-        (8500, {"reorder": 5, "far_lookup": 45, "far_quiz": 40, "choice": 10}),
+        (15000, {"reorder": 5, "far_lookup": 45, "far_quiz": 40, "choice": 10}),
         (16000, {
             "far_quiz": 10, "far_lookup": 4, "reorder": 2, "copy": 5, "choice": 17, "facts": 13,
             "letters": 16, "arithmetic": 13, "identity": 8, "smalltalk": 1, "unknown": 2,

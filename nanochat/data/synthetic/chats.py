@@ -45,14 +45,15 @@ def small_words() -> frozenset[str]:
     return frozenset(word for line in grammar("chats.txt").lists["small"] for word in line.split())
 
 
-def casual(rng: Rng, question: str, *, is_wordy: bool = True) -> str:
+def casual(rng: Rng, question: str, needed: tuple[str, ...] = ()) -> str:
     """Now and then a question as people type it: with an opening or an ending that says nothing, without
-    capitals and marks, and (is_wordy) with small words left out. So that no answer hangs on one wording.
+    capitals and marks, and with small words left out, but not the `needed` ones. So that no answer hangs on
+    one wording.
     """
     g = grammar("chats.txt")
-    if is_wordy and rng.chance(25):
-        words = question.split(" ")
-        kept = [w for w in words if w.lower() not in small_words() or rng.chance(60)]
+    if rng.chance(25):
+        words, small = question.split(" "), small_words().difference(needed)
+        kept = [w for w in words if w.lower() not in small or rng.chance(60)]
         question = capital(" ".join(kept if len(kept) > 1 else words))
     if rng.chance(20):
         question = g.fill("{*lead}", rng, {}) + question
@@ -113,7 +114,7 @@ def count(rng: Rng) -> Turns:
     letter = letters.draw_letter(rng, word)
     number = word.count(letter)
     answer = tool_answer(letters.expression(word, letter), str(number), letters.counted(letter, number))
-    return [(casual(rng, letters.count_question(rng, word, letter), is_wordy=False), answer)]
+    return [(casual(rng, letters.count_question(rng, word, letter), (letter, word)), answer)]
 
 
 def arithmetic(rng: Rng) -> Turns:
