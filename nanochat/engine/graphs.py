@@ -1,10 +1,10 @@
 """Steps of single tokens with shapes that do not change, so that a GPU can replay them as one graph.
 
-A small model's step is some hundred kernels, each of which takes longer to launch than to run. A graph of them
-is captured once for a number of rows and a length of block tables and replayed with one launch: numbers and
-tables are copied into buffers that the graph reads, rows that are missing compute a dummy (block 0, which
-nobody reads), logits come out. Whatever fails to be captured runs as before, and stderr says why. Letters:
-B rows of the graph, W blocks of a table, D width, K key/value heads, E head size, V vocabulary.
+A small model's step is some hundred kernels, each of which takes longer to launch than to run. A graph of
+them is captured once for a number of rows and a length of block tables and replayed with one launch: numbers
+and tables are copied into buffers that the graph reads, rows that are missing compute a dummy (block 0, which
+nobody reads), logits come out. Whatever fails to be captured runs as before, and stderr says why.
+Letters: B rows of the graph, W blocks of a table, D width, K key/value heads, E head size, V vocabulary.
 """
 
 from __future__ import annotations
