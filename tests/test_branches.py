@@ -1,4 +1,4 @@
-"""Shared beginnings: each candidate scores as if it stood alone, on a network with windows and grouped heads."""
+"""Shared beginnings: each candidate scores as if it stood alone (a network with windows, grouped heads)."""
 
 from __future__ import annotations
 

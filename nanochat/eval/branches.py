@@ -42,7 +42,7 @@ def common_length(rows: Sequence[Sequence[int]]) -> int:
 
 
 def trees_of(rows: Sequence[Row]) -> list[Tree]:
-    """The rows of one example as one tree, or as a tree each where they share no beginning, in their order."""
+    """The rows of one example as one tree; as a tree each, in their order, where they share no beginning."""
     size = min(common_length([ids for ids, _ in rows]), min(len(ids) for ids, _ in rows) - 1)
     if len(rows) == 1 or size < 1:
         return [Tree(ids, [], [start]) for ids, start in rows]
@@ -50,7 +50,7 @@ def trees_of(rows: Sequence[Row]) -> list[Tree]:
 
 
 def batches(trees: Sequence[Tree], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices into trees: like lengths together, the longest first, at most batch_tokens with padding, or one."""
+    """Indices into trees: like lengths together, the longest first; batch_tokens with padding or one tree."""
     order = sorted(range(len(trees)), key=lambda i: (-len(trees[i].shared), -trees[i].branch_tokens))
     chosen: list[int] = []
     S = M = 0
@@ -128,7 +128,7 @@ def _score(model: Any, trees: Sequence[Tree]) -> list[Score]:
 
 @dataclass(frozen=True)
 class Sight:
-    """What the tokens of branches may see: lengths_B of the shared parts, the branch of each (-1: padding)."""
+    """What tokens of branches may see: lengths_B of the shared parts, the branch of each (-1: padding)."""
 
     lengths_B: torch.Tensor
     position_BT: torch.Tensor

@@ -295,8 +295,8 @@ def evaluate_core(
     say: Callable[[str], None] = lambda line: None, cache: Path | None = None,
     progress: Callable[[str, int, int], None] = lambda name, done, of: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """{"core": mean of the centred accuracies, "tasks": {name: facts}}. `say` gets a line per task, `progress`
-    (task, examples done, of) after each forward pass.
+    """{"core": mean of the centred accuracies, "tasks": {name: facts}}. `say` gets a line per task,
+    `progress` (task, examples done, of) after each forward pass.
 
     cache: a file of this model's results (see cache_file): what stands in it is not computed again, and a
     task that is done is written at once, so that a long evaluation can be stopped and continued.
