@@ -174,8 +174,9 @@ def main() -> None:
         row = {
             "benchmark": what, "how": how, "depth": args.depth if args.depth and "core" in what
             else model.config.n_layer, "device": args.device, "dtype": args.dtype,
-            "threads": torch.get_num_threads(), "clock": "wall" if what == "whole" else args.clock, "examples": "", "seconds": "", "ratio": "", "claim": "",
-            "apart_nats": "", "equal_answers": "",
+            "threads": torch.get_num_threads(),
+            "clock": "wall" if what == "whole" else args.clock, "examples": "", "seconds": "", "ratio": "",
+            "claim": "", "apart_nats": "", "equal_answers": "",
         }  # fmt: skip
         rows.append({**row, **found})
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items() if value != ""), flush=True)

@@ -192,7 +192,7 @@ def _frame(
         axis += f'<text {place} text-anchor="end" class="small">{escape(x)}</text>'
     return (
         f'<figure{" class=wide" if wide else ""}><figcaption>{escape(title)}</figcaption><div class="scroll">'
-        f'<svg viewBox="0 0 {width:.0f} {HEIGHT + more}" style="min-width:{min(width, 760):.0f}px" '
+        f'<svg viewBox="0 0 {width:.0f} {HEIGHT + more}" style="min-width:{760 if width > WIDTH else 280}px" '
         f'role="img" aria-label="{escape(title)}">{"".join(parts)}{axis}</svg></div>'
         f'<div class="keys">{keys}</div></figure>'
     )
