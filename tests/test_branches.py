@@ -24,10 +24,10 @@ from nanochat.runtime import Runtime
 RT = Runtime(torch.device("cpu"), torch.float32)
 
 
-def network(**more: Any) -> GPT:
-    """Every part at work: smear, value embeddings, backout, a short window, two query heads a key head."""
-    shape = {"sequence_len": 512, "n_layer": 4, "n_head": 4, "n_kv_head": 2, "n_embd": 64} | more
-    model = GPT(GPTConfig(vocab_size=TOK.get_vocab_size(), window_pattern="SL", **shape))
+def network() -> GPT:
+    """Every part at work: smear, pairs, value embeddings, backout, a short window, grouped heads."""
+    V = TOK.get_vocab_size()
+    model = GPT(GPTConfig(512, V, 4, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SL", bigram_rows=97))
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
