@@ -134,6 +134,7 @@ def measure_whole(home: Home, tag: str, bundle: Path | None, note: Callable[...,
                 f"--home={temporary}",
                 f"--tag={tag}",
             ]
+            before = sum(os.times()[2:4])
             taken, _ = seconds(
                 lambda command=command: subprocess.run(
                     command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL, env=dict(os.environ)
@@ -141,7 +142,8 @@ def measure_whole(home: Home, tag: str, bundle: Path | None, note: Callable[...,
                 time.perf_counter,
             )
             total += taken
-            note("whole", " ".join(words), seconds=round(taken, 2))
+            cpu = round(sum(os.times()[2:4]) - before, 2)
+            note("whole", " ".join(words), seconds=round(taken, 2), cpu_seconds=cpu)
     note("whole", "together", seconds=round(total, 2), claim=CLAIMS["whole"])
 
 
@@ -175,8 +177,8 @@ def main() -> None:
             "benchmark": what, "how": how, "depth": args.depth if args.depth and "core" in what
             else model.config.n_layer, "device": args.device, "dtype": args.dtype,
             "threads": torch.get_num_threads(),
-            "clock": "wall" if what == "whole" else args.clock, "examples": "", "seconds": "", "ratio": "",
-            "claim": "", "apart_nats": "", "equal_answers": "",
+            "clock": "wall" if what == "whole" else args.clock, "examples": "", "seconds": "",
+            "cpu_seconds": "", "ratio": "", "claim": "", "apart_nats": "", "equal_answers": "",
         }  # fmt: skip
         rows.append({**row, **found})
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items() if value != ""), flush=True)
