@@ -234,6 +234,27 @@ def test_a_run_with_one_stage_has_a_page_too(home: Path) -> None:
     assert "not finished" in text and "base (not run)" in text and "<svg" not in text
 
 
+def test_core_stands_beside_known_models(full: Home) -> None:
+    """The weakest first, with means over the tasks that were measured; names that do not fit are tilted."""
+    result = json.loads(full.result_file("main", "base_eval").read_text())
+    known = {
+        "large": {"boolq": 0.3, "copa": 0.5, "CORE": 0.4},
+        "gpt2": {"boolq": 0.1, "copa": 0.2, "CORE": 1},
+    }
+    known["part"] = {"boolq": 0.2}
+    write_json(full.result_file("main", "base_eval"), result | {"core_references": known})
+    text = html.html(read_facts(full, "main"), "main")
+    assert "A note; gpt2 has 0.1500 over the same tasks; large has 0.4000 over the same tasks." in text
+    (chart,) = re.findall(r"<figure class=wide><figcaption>centred.*?</figure>", text)
+    assert re.findall(r"</i>([^<]+)</span>", chart) == ["this model", "part", "gpt2", "large"]
+    assert (
+        "rotate" not in chart
+        and bar_chart("t", ["a", "b" * 99], [Bars("m", [1, 2], "red")], "y").count("rotate(-25") == 2
+    )
+    write_json(full.result_file("main", "base_eval"), {"core": None, "core_note": "no bundle here"})
+    assert "Not measured: no bundle here." in html.html(read_facts(full, "main"), "main")
+
+
 def test_ticks_are_round_and_inside() -> None:
     assert ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert ticks(-3.2, 11) == [0, 5, 10] and ticks(2, 2) == [2]

@@ -20,6 +20,7 @@ MARKS = {
     chat.OUTPUT_START: "[", chat.OUTPUT_END: "] ",
 }  # fmt: skip
 GREY, OTHER = "#8a8f98", "#937ac2"
+GREYS = ("#c9cdd4", "#aab0b9", "#8a909b", "#6b727d")
 STYLE = """
 :root{color-scheme:light dark;--ink:#1c1f24;--soft:#5d6570;--line:#dfe3e8;--paper:#fff;--card:#f6f7f9;
   --accent:#3867b8;--under:var(--paper)}
@@ -90,16 +91,13 @@ def html(facts: Facts, tag: str, price: float | None = None, all_answers: str | 
 
     price: dollars per device and hour; all_answers: a page to link to.
     """
-    core_note = facts["base_eval"].get("core_note")
-    if core_note and facts["base_eval"].get("core") is None:
-        core_note = f"Not measured: {core_note}."
     sections = [
         ("Summary", table(page.summary(facts)) + '<p class="note">–: not measured. Intervals are below.</p>'),
         ("Learning", group([*curves(facts)])),
         ("Reinforcement", group(reward_curves(facts))),
         ("Chat tasks", group([accuracies(facts)]) + fold("all figures", table(page.chat_tasks(facts)))),
         ("CORE", group([core_bars(facts)]) + fold("all figures", table(page.core_tasks(facts)))
-         + note(core_note)),
+         + note(core_note(facts))),
         ("Tokenizer", group([tokenizer_bars(facts)]) + table(_tokenizer(facts))),
         ("Answers", _link(all_answers) + answers(facts)),
         ("Samples of the base model", samples(facts)),
@@ -272,12 +270,30 @@ def core_bars(facts: Facts) -> str:
     tasks = facts["base_eval"].get("core_tasks") or {}
     names = list(tasks)
     series = [Bars("this model", [tasks[n]["centred"] for n in names], COLOURS["base"])]
-    known = facts["base_eval"].get("core_references") or {}
-    for (model, values), colour in zip(
-        known.items(), (GREY, COLOURS["mid"], OTHER, COLOURS["sft"]), strict=False
-    ):
+    for (model, values), colour in zip(known_models(facts).items(), GREYS, strict=False):
         series.append(Bars(model, [values.get(n) for n in names], colour))
     return bar_chart("centred accuracy (0 is chance, 1 is perfect)", names, series, "centred", wide=True)
+
+
+def known_models(facts: Facts) -> dict[str, dict[str, float]]:
+    """Centred accuracies of the models in the bundle, the weakest on the measured tasks first."""
+    found = facts["base_eval"].get("core_references") or {}
+    tasks = facts["base_eval"].get("core_tasks") or {}
+    return dict(sorted(found.items(), key=lambda item: sum(item[1].get(name, 0) for name in tasks)))
+
+
+def core_note(facts: Facts) -> str:
+    """What was measured, and the means of the bundle's models over the same tasks."""
+    said = facts["base_eval"].get("core_note") or ""
+    if facts["base_eval"].get("core") is None:
+        return f"Not measured: {said}." if said else ""
+    tasks, parts = facts["base_eval"].get("core_tasks") or {}, [said] if said else []
+    for model, values in known_models(facts).items():
+        if tasks.keys() <= values.keys():
+            mean = sum(values[name] for name in tasks) / len(tasks)
+            parts.append(f"{model} has {mean:.4f} over the same tasks")
+    text = "; ".join(parts)
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
 def tokenizer_bars(facts: Facts) -> str:
