@@ -244,7 +244,7 @@ def test_core_stands_beside_known_models(full: Home) -> None:
     known["part"] = {"boolq": 0.2}
     write_json(full.result_file("main", "base_eval"), result | {"core_references": known})
     text = html.html(read_facts(full, "main"), "main")
-    assert "A note; gpt2 has 0.1500 over the same tasks; large has 0.4000 over the same tasks." in text
+    assert "A note; over the same tasks: gpt2 0.1500, large 0.4000." in text
     (chart,) = re.findall(r"<figure class=wide><figcaption>centred.*?</figure>", text)
     assert re.findall(r"</i>([^<]+)</span>", chart) == ["this model", "part", "gpt2", "large"]
     assert (

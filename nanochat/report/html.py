@@ -74,7 +74,7 @@ pre{background:var(--card);border-radius:8px;padding:.7rem 1rem;white-space:pre-
 .talk p{margin:.15rem 0;white-space:pre-wrap;overflow-wrap:anywhere}
 .talk p:first-child{color:var(--soft)}
 .talk.text p:first-child b{font-weight:400;color:var(--ink)}
-@media(prefers-color-scheme:dark){svg .line,svg rect,svg circle,.keys i{filter:brightness(1.25)}}
+@media(prefers-color-scheme:dark){svg .line,svg rect,svg circle,.keys i{filter:brightness(1.12)}}
 @media(max-width:560px){body{padding:1.2rem .8rem 3rem}
   th,td{padding:.3rem .35rem;font-size:.85rem}
   th:first-child,td:first-child{white-space:normal;padding-left:0}
@@ -288,10 +288,12 @@ def core_note(facts: Facts) -> str:
     if facts["base_eval"].get("core") is None:
         return f"Not measured: {said}." if said else ""
     tasks, parts = facts["base_eval"].get("core_tasks") or {}, [said] if said else []
-    for model, values in known_models(facts).items():
-        if tasks.keys() <= values.keys():
-            mean = sum(values[name] for name in tasks) / len(tasks)
-            parts.append(f"{model} has {mean:.4f} over the same tasks")
+    means = [
+        f"{model} {page.number(sum(values[name] for name in tasks) / len(tasks))}"
+        for model, values in known_models(facts).items()
+        if tasks.keys() <= values.keys()
+    ]
+    parts += [f"over the same tasks: {', '.join(means)}"] if means else []
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}." if text else ""
 
