@@ -1,7 +1,8 @@
 """Tasks to practise by reward: for each name the questions to learn from and the held-out ones to measure.
 
 arithmetic (sums and word problems), stories (word problems alone), letters, and numbers (arithmetic and
-letters) are made from the embedded corpus and need no data; gsm8k is read from the hub.
+letters) are made from the embedded corpus and need no data; gsm8k and mbpp (programs, graded in the sandbox)
+are read from the hub.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from nanochat.data.synthetic.numbers import question
 from nanochat.data.synthetic.rng import Rng, mix_text
 from nanochat.errors import UserError
 from nanochat.paths import Home
+from nanochat.sandbox import Sandbox
 from tasks.base import Conversation, Task, reference
+from tasks.code import LIMITS
 from tasks.gsm8k import GSM8K
+from tasks.mbpp import MBPP
 from tasks.synthetic import Arithmetic, LetterCounting, last_number
 
 NUMBERS = {
@@ -28,7 +32,7 @@ NUMBERS = {
     "letters": ("letters",),
     "numbers": ("arithmetic", "letters"),
 }
-NAMES = (*NUMBERS, "gsm8k")
+NAMES = (*NUMBERS, "gsm8k", "mbpp")
 OWN_SEED = 7_000_000  # mid-training and SFT draw their conversations with smaller seeds
 HELD_OUT_SIZE = 200
 
@@ -107,6 +111,10 @@ def goal(name: str, *, size: int, seed: int = 1, home: Home | None = None) -> Go
     """The goal of that name; `size` is the number of made-up questions. UserError for an unknown one."""
     if name == "gsm8k":
         return Goal(GSM8K("train", home), {"gsm8k": GSM8K("test", home)})
+    if name == "mbpp":
+        sandbox = Sandbox(LIMITS)
+        held_out_programs = MBPP("test", home, sandbox=sandbox)
+        return Goal(MBPP("train", home, sandbox=sandbox), {"mbpp": held_out_programs})
     if name not in NUMBERS:
         raise UserError(f"there is no task {name!r} with a reward", f"choose from: {', '.join(NAMES)}")
     held_out = {"arithmetic": Arithmetic(), "letters": LetterCounting(), "stories": HeldOutSums(stories=True)}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from small_home import TOK, save_model
+from test_rollout import small_model
 
 from nanochat.data.loader import ConversationBatches
 from nanochat.errors import UserError
@@ -112,19 +114,33 @@ def test_mid_and_sft_learn_the_chosen(
         chat_sft.main([*sft, f"--data={mine}"])
 
 
-def test_without_borders_conversations_see_each_other() -> None:
-    """The same rows and targets; with borders a conversation's loss does not depend on what is before it."""
+def test_borders_make_packed_conversations_as_alone() -> None:
+    """The same rows and targets; with borders each conversation has the loss it has alone, without not."""
     task = [{"messages": [{"role": "user", "content": "the " * i}, TALK[1]]} for i in range(1, 9)]
-    rt = Runtime(torch.device("cpu"), torch.float32)
+    rt, model = Runtime(torch.device("cpu"), torch.float32), small_model()
+    with torch.no_grad():
+        model.smear_lambda.fill_(1.0)  # it must not cross a border either
+        model.blocks[0].attn.c_proj.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
 
-    def rows(borders: bool) -> list:
-        how = {"sequence_len": 64, "device_batch": 1, "rt": rt, "seed": 1, "epochs": 1}
-        with ConversationBatches(task, TOK, borders=borders, **how) as batches:  # type: ignore[arg-type]
+    def rows(borders: bool) -> list[Any]:
+        how: dict[str, Any] = {"sequence_len": 64, "device_batch": 1, "rt": rt, "seed": 1, "epochs": 1}
+        with ConversationBatches(task, TOK, borders=borders, **how) as batches:
             return list(batches)
 
-    apart, open_ = rows(True), rows(False)
-    assert len(apart) == len(open_) > 1
-    for a, b in zip(apart, open_, strict=True):
+    def losses(batch: Any) -> list[float]:
+        hidden_TD = model.hidden(batch.inputs_BT, batch.doc_start_BT)[0].detach()
+        return [round(float(x), 4) for x in model.token_nll(hidden_TD, batch.targets_BT[0]).detach()]
+
+    alone = Counter[float]()
+    for conversation in task:
+        ids, mask = (torch.tensor(x) for x in TOK.render_conversation(conversation, None))
+        hidden_TD = model.hidden(ids[None, :-1], None)[0].detach()
+        nll = model.token_nll(hidden_TD, torch.where(mask[1:] == 1, ids[1:], -1)).detach()
+        alone.update(round(float(x), 4) for x in nll[mask[1:] == 1])
+    apart, together = rows(True), rows(False)
+    assert len(apart) == len(together) > 1
+    for a, b in zip(apart, together, strict=True):
         assert torch.equal(a.inputs_BT, b.inputs_BT) and torch.equal(a.targets_BT, b.targets_BT)
-        assert a.doc_start_BT is not None and b.doc_start_BT is None
-        assert len(set(a.doc_start_BT[0].tolist())) > 1
+    packed, seen = (sorted(x for b in part for x in losses(b) if x) for part in (apart, together))
+    assert packed == pytest.approx(sorted(alone.elements()), abs=3e-4)
+    assert len(seen) == len(packed) and max(abs(x - y) for x, y in zip(seen, packed, strict=True)) > 0.01

@@ -22,13 +22,12 @@ ROOT = Path(__file__).resolve().parents[2]
 ENV = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
 COMMON = ["--preset=smoke", "--device=cpu", "--dtype=float32", "--keep=9"]
 PROGRAM = """
-import sys
 from nanochat import errors
 from scripts import chat_rl
 from test_chat_rl import Short
 from tasks.reinforce import Goal
 chat_rl.goal = lambda *args, **more: Goal(Short(7), {"short": Short(5)})
-raise SystemExit(errors.run(lambda: chat_rl.main(sys.argv[1:])))
+raise SystemExit(errors.run(chat_rl.main))
 """  # rewards that a random model gets now and then
 NAMES = {
     "rl": ("loss", "grad_norm", "reward", "same_frac", "groups", "questions", "sampled_tokens", "kl", "clip_frac",
