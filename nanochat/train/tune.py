@@ -54,15 +54,20 @@ class Subset(Sequence[Any]):
 
 
 def split(items: Rows) -> tuple[Subset, Subset]:
-    """(train, validation): VALIDATION_EVERY, at most 256 and at least one. UserError for fewer than 2."""
-    if len(items) < 2:
-        raise UserError(
-            f"training needs at least 2 conversations (one is held out), found {len(items)}", "add more"
-        )
-    stride = VALIDATION_EVERY if len(items) >= 10 * VALIDATION_EVERY else VALIDATION_EVERY // 10
-    held = list(range(stride - 1, len(items), stride))[:VALIDATION_MOST] or [len(items) - 1]
-    out = set(held)
-    return Subset(items, [i for i in range(len(items)) if i not in out]), Subset(items, held)
+    """(train, validation): VALIDATION_EVERY, at most 256 and at least one. UserError for fewer than 2.
+
+    Where `items` tells the origin of each (a mixture), repetitions count as one and stay on one side.
+    """
+    origin: Callable[[int], Any] = getattr(items, "origin", lambda i: i)
+    firsts = sorted({origin(i): i for i in reversed(range(len(items)))}.values())
+    if len(firsts) < 2:
+        problem = f"training needs at least 2 conversations (one is held out), found {len(firsts)}"
+        raise UserError(problem, "add more")
+    stride = VALIDATION_EVERY if len(firsts) >= 10 * VALIDATION_EVERY else VALIDATION_EVERY // 10
+    held = firsts[stride - 1 :: stride][:VALIDATION_MOST] or firsts[-1:]
+    out = set(map(origin, held))
+    train = [i for i in range(len(items)) if origin(i) not in out]
+    return Subset(items, train), Subset(items, held)
 
 
 @dataclass(frozen=True)
