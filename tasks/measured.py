@@ -17,7 +17,7 @@ from tasks.humaneval import HumanEval
 from tasks.mbpp import MBPP
 from tasks.mixtures import EMBEDDED
 from tasks.mmlu import MMLU
-from tasks.synthetic import heldout_tasks
+from tasks.synthetic import Blind, heldout_tasks
 
 HUB_TASKS: dict[str, Callable[[Home], Task]] = {
     "arc_easy": lambda home: ARC("ARC-Easy", "test", home),
@@ -27,12 +27,15 @@ HUB_TASKS: dict[str, Callable[[Home], Task]] = {
     "humaneval": lambda home: HumanEval(home),
     "mbpp": lambda home: MBPP("test", home),
 }
+OTHERS: dict[str, Callable[[Home], Task]] = {"blind": lambda home: Blind()}  # by name alone
 AUTO_HUB = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")  # what ChatCORE is the mean of
 
 
 def open_tasks(names: str, trained: dict[str, Any], home: Home) -> dict[str, Task]:
     """The named tasks. auto: those it was taught by --tasks, else the hub's or the held-out sets."""
-    known = HUB_TASKS | {name: lambda home, task=task: task for name, task in heldout_tasks().items()}
+    known = (
+        HUB_TASKS | OTHERS | {name: lambda home, task=task: task for name, task in heldout_tasks().items()}
+    )
     is_hub = trained.get("mixture", "cpu-demo") not in EMBEDDED
     parts = split_spec(trained.get("tasks") or "")
     taught = [kind for name, _ in parts if (kind := name.partition(":")[0]) in known]
