@@ -39,7 +39,7 @@ HELD_OUT_SIZE = 200
 
 def is_story(question: str) -> bool:
     """Whether a question of arithmetic is a word problem; the others ask "how much", if anything."""
-    return "How many" in question
+    return "how many" in question.lower()
 
 
 class Numbered(Task):

@@ -317,14 +317,9 @@ class ConversationBatches(Prefetched):
 
 
 def _lay_out(
-    store: _Conversations,
-    rows: Iterator[list[int]],
-    first: int,
-    end: int,
-    num_rows: int,
-    rt: Any,
+    store: _Conversations, rows: Iterator[list[int]], first: int, end: int, num_rows: int, rt: Any,
     borders: bool,
-) -> Batches:
+) -> Batches:  # fmt: skip
     per_batch = num_rows * rt.world_size
     for at in range(first, end, per_batch):
         inputs = np.full((num_rows, store.row_tokens), store.bos, dtype=np.int32)
