@@ -17,13 +17,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection
+from itertools import islice
 
 from nanochat import errors
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 BACKLOG = 4096  # connections that the kernel keeps; it may cap this
 MAX_HEAD = 16_384
-MAX_SILENT = 512  # connections that have said nothing yet
+DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
+MAX_SILENT = 8192  # connections that have said nothing yet
+MAX_FILES = 65_536
 SILENT_SECONDS = 30.0
 LINGER_SECONDS = 2.0  # after an answer, for what the caller still sends
 PER_TURN = 8  # connections that the loop takes in one turn
@@ -95,6 +98,7 @@ class Door:
         self._waiting: deque[socket.socket] = deque()
         self._is_closing = False
         self._bell, self._knob = socket.socketpair()
+        allow_many_files()
         listener.setblocking(False)
         listener.listen(BACKLOG)
         self._thread = threading.Thread(target=self._run, name="door", daemon=True)
@@ -118,6 +122,8 @@ class Door:
         with contextlib.suppress(IndexError):
             while len(found) < PER_TURN:
                 found.append(self._waiting.popleft())
+        for line in found:
+            line.setblocking(False)
         return found
 
     def close(self) -> None:
@@ -146,19 +152,22 @@ class Door:
             line, _ = listener.accept()
         except BlockingIOError:
             return
-        except OSError:  # out of file descriptors: some will be given back
-            time.sleep(0.05)
+        except OSError:  # out of file descriptors: who says nothing gives his back
+            self._drop_oldest()
+            time.sleep(0.01)
             return
-        line.setblocking(False)
         if len(self._silent) >= MAX_SILENT:
-            self._forget(next(iter(self._silent))).close()
+            self._drop_oldest()
         self._silent[line] = time.monotonic() + SILENT_SECONDS
         self._selector.register(line, selectors.EVENT_READ, self._look)
+        self._look(line)  # mostly the request is there already
 
     def _look(self, line: socket.socket) -> None:
-        """The first bytes of a connection have come."""
+        """The first bytes of a connection, if they have come. Every call of the system gives the interpreter
+        away and waits for it again: there are few before the answer.
+        """
         try:
-            head = line.recv(MAX_HEAD, socket.MSG_PEEK)
+            head = line.recv(MAX_HEAD, socket.MSG_PEEK | DONT_WAIT)
         except BlockingIOError:
             return
         except OSError:
@@ -167,13 +176,11 @@ class Door:
             self._forget(line).close()
         elif self._is_health(head):
             status, body = health_body(self._state())
-            self._answer(line, head, status, json.dumps(body), "application/json")
+            self._answer(line, status, json.dumps(body), "application/json")
         elif self._hand_over is None:
             wants_page = head.startswith(b"GET ") and b"text/html" in head
             page = (LOADING_PAGE, "text/html; charset=utf-8")
-            self._answer(
-                line, head, 503, *(page if wants_page else (json.dumps(LOADING), "application/json"))
-            )
+            self._answer(line, 503, *(page if wants_page else (json.dumps(LOADING), "application/json")))
         else:
             self._waiting.append(self._forget(line))
             self._hand_over()
@@ -190,15 +197,14 @@ class Door:
         is_plain = not any(name in ("origin", "content-length", "transfer-encoding") for name, _ in fields)
         return is_plain and "" not in lines and len(hosts) == 1 and host_name(hosts[0]) in self._hosts
 
-    def _answer(self, line: socket.socket, head: bytes, status: int, body: str, kind: str) -> None:
-        """Answer and hang up, once the caller has said all: a close before that could destroy the answer."""
-        line.recv(len(head))
+    def _answer(self, line: socket.socket, status: int, body: str, kind: str) -> None:
+        """Answer, and hang up once the caller has: a close with bytes unread could destroy the answer."""
         retry = f"Retry-After: {RETRY_SECONDS}\r\n" if status == 503 else ""
         fields = (
             f"Content-Type: {kind}\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n{retry}"
         )
         length = f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        line.send(f"HTTP/1.1 {STATUS[status]}\r\n{fields}{length}{body}".encode())
+        line.send(f"HTTP/1.1 {STATUS[status]}\r\n{fields}{length}{body}".encode(), DONT_WAIT)
         line.shutdown(socket.SHUT_WR)
         self._forget(line)
         self._leaving[line] = time.monotonic() + LINGER_SECONDS
@@ -206,7 +212,7 @@ class Door:
 
     def _discard(self, line: socket.socket) -> None:
         try:
-            if line.recv(65_536):
+            if line.recv(65_536, DONT_WAIT):
                 return
         except BlockingIOError:
             return
@@ -220,9 +226,26 @@ class Door:
         self._leaving.pop(line, None)
         return line
 
+    def _drop_oldest(self) -> None:
+        for line in list(islice(self._silent, 1)):
+            self._forget(line).close()
+
     def _drop_late(self) -> None:
         """Close what has had its time: both are in the order of their ends."""
         now = time.monotonic()
         for lines in (self._silent, self._leaving):
             while lines and next(iter(lines.values())) < now:
                 self._forget(next(iter(lines))).close()
+
+
+def allow_many_files() -> None:
+    """Raise the limit of open files, which is also that of connections, as far as this user may."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -14,14 +14,11 @@ import time
 from types import FrameType
 from typing import Any
 
-from nanochat.web.door import Door, listen
+from nanochat.web.door import Door
 from nanochat.web.gate import MAX_HEADER_BYTES
-
-__all__ = ["Door", "listen", "make_server"]
 
 SWITCH_SECONDS = 0.001  # of the interpreter between threads: the door's must not wait for the engine's
 STUCK_SECONDS = 10.0  # without a turn of the event loop
-MAX_FILES = 65_536
 
 
 def make_server(app: Any, drain_seconds: float, door: Door | None = None) -> Any:
@@ -47,7 +44,6 @@ def make_server(app: Any, drain_seconds: float, door: Door | None = None) -> Any
             self.adopting = set[asyncio.Task]()
             self.is_taking = False
             sys.setswitchinterval(min(SWITCH_SECONDS, sys.getswitchinterval()))
-            allow_many_files()
             self.ticked = time.monotonic()
             self.door = door or Door((sockets or [])[0], app.state.hosts)
             self.door.open(self.knock, self.health)
@@ -120,16 +116,3 @@ def make_server(app: Any, drain_seconds: float, door: Door | None = None) -> Any
         server_header=False,
     )
     return Server(config)
-
-
-def allow_many_files() -> None:
-    """Raise the limit of open files, which is also that of connections, as far as this user may."""
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
