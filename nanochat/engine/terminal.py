@@ -51,11 +51,22 @@ def answer(session: Session, pieces: Iterator[tuple[str, str]], say: Say, errors
         with keys_unseen(), closing(pieces):  # type: ignore[type-var]
             for text, is_tool in for_terminal(pieces):
                 say(text, is_tool)
+        if not errors_end and session.last is not None and session.last.finish_reason == "length":
+            say(f" ({why_cut(session)})", True)
         say("\n", False)
     except KeyboardInterrupt:
         say(" (stopped)\n", True)
         if errors_end:
             raise
+
+
+def why_cut(session: Session) -> str:
+    """Why the last answer has no end."""
+    assert session.last is not None
+    count = len(session.last.output)
+    if len(session.last.prompt) + count < session.engine.context:
+        return f"cut after {count} tokens, see --max-tokens"
+    return "cut: the model's context is full; the oldest turns will make room, /clear begins anew"
 
 
 @contextlib.contextmanager
