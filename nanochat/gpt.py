@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanochat.bigram import BigramEmbedding, previous
 from nanochat.cross_entropy import CHUNK_LOGITS, softcap, weighted_nll
 from nanochat.flash_attention import flash_attn
 from nanochat.fused import mix, norm, relu_squared, rope_tables, rotate_norm
@@ -40,10 +41,11 @@ class GPTConfig:
     n_kv_head: int = 6
     n_embd: int = 768
     window_pattern: str = "SSSL"
+    bigram_rows: int = 0  # of the hashed table of pairs; 0: none
 
     def __post_init__(self) -> None:
         smallest = min(self.sequence_len, self.vocab_size, self.n_layer, self.n_head, self.n_kv_head)
-        if smallest < 1:
+        if smallest < 1 or self.bigram_rows < 0:
             raise ValueError(f"every size of a model must be at least 1, found {asdict(self)}")
         if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2 or self.n_embd < SMEAR_CHANNELS:
             raise ValueError(
@@ -147,6 +149,7 @@ class GPT(nn.Module):
         self.value_embeds = nn.ModuleDict(
             {str(i): Embedding(V, kv_dim) for i in range(L) if config.has_value_embedding(i)}
         )
+        self.bigram_embeds = BigramEmbedding(config.bigram_rows, D) if config.bigram_rows else None
         self.lm_head = Linear(D, V)
         self.resid_lambdas = nn.Parameter(torch.empty(L))
         self.x0_lambdas = nn.Parameter(torch.empty(L))
@@ -181,6 +184,8 @@ class GPT(nn.Module):
                 fill(block.attn.ve_gate.weight, "positive", 0.02)
         for table in self.value_embeds.parameters():
             fill(table, "uniform", s)
+        if self.bigram_embeds is not None:
+            self.bigram_embeds.weight.zero_()
         depth = torch.arange(L, device=device) / max(L - 1, 1)
         self.resid_lambdas.copy_(1.15 - 0.10 * depth)
         self.x0_lambdas.copy_(0.20 - 0.15 * depth)
@@ -202,13 +207,9 @@ class GPT(nn.Module):
     # ------------------------------------------------------------------ the three parts
 
     def trunk(
-        self,
-        ids_BT: Tensor,
-        prev_ids_BT: Tensor | None,
-        positions_BT: Tensor,
-        attend: Attend,
+        self, ids_BT: Tensor, prev_ids_BT: Tensor | None, positions_BT: Tensor, attend: Attend,
         is_first_BT: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Embeddings and all layers -> the last hidden state (B, T, D), in the compute dtype.
 
         prev_ids_BT: the token before each one, -1 for none. None means that the row itself holds them (the
@@ -228,6 +229,9 @@ class GPT(nn.Module):
             before_BTD = norm(F.embedding(prev_ids_BT.clamp(min=0), self.wte.weight).to(dtype))
             gate_BT1 = gate_BT1.masked_fill((prev_ids_BT < 0).unsqueeze(-1), 0)
             x_BTD = torch.addcmul(h_BTD, gate_BT1, before_BTD)
+        if self.bigram_embeds is not None:
+            before_BT = previous(ids_BT, is_first_BT) if prev_ids_BT is None else prev_ids_BT
+            x_BTD = x_BTD + self.bigram_embeds(ids_BT, before_BT).to(dtype)
         x0_BTD = x_mid_BTD = x_BTD
         rope = rope_tables(positions_BT, cfg.n_embd // cfg.n_head, dtype)
         for i, (block, window) in enumerate(zip(self.blocks, cfg.windows, strict=True)):
@@ -274,13 +278,9 @@ class GPT(nn.Module):
     # ------------------------------------------------------------------ the public forward
 
     def forward(
-        self,
-        idx: Tensor,
-        targets: Tensor | None = None,
-        kv_cache: Any = None,
-        loss_reduction: str = "mean",
+        self, idx: Tensor, targets: Tensor | None = None, kv_cache: Any = None, loss_reduction: str = "mean",
         doc_start: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Logits (B, T, V) fp32, or with targets (B, T; -1 ignored) the loss: "mean", "sum" or "none" (B*T,).
 
         doc_start (B, T) int32: where the document of each token starts; attention and smear stay inside it.
@@ -342,6 +342,8 @@ class GPT(nn.Module):
             "lm_head": self.lm_head.weight.numel(),
             "transformer_matrices": sum(p.numel() for p in self.transformer["h"].parameters()),
         }
+        if self.bigram_embeds is not None:
+            counts["bigram_embeds"] = self.bigram_embeds.weight.numel()
         large = sum(counts.values())
         counts["total"] = sum(p.numel() for p in self.parameters())
         counts["scalars"] = counts["total"] - large
@@ -376,13 +378,9 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def generate(
-        self,
-        tokens: list[int],
-        max_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
+        self, tokens: list[int], max_tokens: int, temperature: float = 1.0, top_k: int | None = None,
         seed: int = 42,
-    ) -> Iterator[int]:
+    ) -> Iterator[int]:  # fmt: skip
         """Yield tokens one by one, the whole row computed anew each time: the oracle of the engine."""
         ids, rng = list(tokens), torch.Generator().manual_seed(seed)
         for _ in range(max_tokens):

@@ -43,6 +43,7 @@ class Plan:
     device_batch: int
     accum: int
     world_size: int
+    bigram_rows: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -61,6 +62,7 @@ class Plan:
             "n_kv_head": self.num_kv_heads,
             "n_embd": self.model_dim,
             "window_pattern": self.window_pattern,
+            "bigram_rows": self.bigram_rows,
         }
 
 
@@ -124,13 +126,15 @@ def plan(
     batch_tokens: int | None = None,
     device_batch: int = 32,
     world_size: int = 1,
+    bigram_rows: int = 0,
 ) -> Plan:
     """The plan of a base run. Horizon: num_steps * batch if given, else target_flops / F, else ratio * N.
 
     Raises ValueError for sizes that cannot be, and for a batch that ranks * device_batch * T does not divide.
     """
     for name, value in list(locals().items()):
-        if isinstance(value, (int, float)) and not 0 < value < math.inf:
+        least_is_zero = name == "bigram_rows" and value == 0
+        if isinstance(value, (int, float)) and not 0 < value < math.inf and not least_is_zero:
             raise ValueError(f"{name} must be above 0, found {value}")
     if head_dim % 2:
         raise ValueError(f"head_dim must be even, found {head_dim}")
@@ -171,7 +175,7 @@ def plan(
         sequence_len=sequence_len,
         vocab_size=vocab_size,
         window_pattern=window_pattern,
-        params_total=counts["total"],
+        params_total=counts["total"] + bigram_rows * width,
         params_scaling=counts["scaling"],
         flops_per_token=flops,
         horizon_tokens=horizon_tokens,
@@ -182,6 +186,7 @@ def plan(
         device_batch=device_batch,
         accum=batch // step_rows_tokens,
         world_size=world_size,
+        bigram_rows=bigram_rows,
     )
 
 

@@ -47,12 +47,11 @@ class Settings:
     lr_scale: float = setting(1.0, "factor on the learning rates that follow the batch")
     smear: float = setting(0.0, "what the scalar of smear begins with")
     smear_lr: float = setting(0.2, "learning rate of the scalars of smear and backout")
-    lm_head_eps: float = setting(
-        LM_HEAD_EPS, "epsilon of Adam for lm_head (rare tokens need about 0.02/batch)"
-    )
+    lm_head_eps: float = setting(LM_HEAD_EPS, "Adam's epsilon for lm_head (rare tokens: about 0.02/batch)")
     decay_scale: float = setting(1.0, "factor on the planned weight decay")
     warmup: int = setting(40, "warm-up steps")
     warmdown: float = setting(0.65, "share of the steps in the linear warm-down")
+    bigram_rows: int = setting(0, "rows of a hashed table of token pairs (0: none)")
     speed: str = setting("", "any of compile, checkpoint, fp8, with commas")
     primer: str | None = setting(None, "lessons before the embedded corpus: smoke or cpu-demo")
     packing: str = setting("carry", "carry (split and carry) or peer (cut and discard)")
@@ -86,8 +85,8 @@ PRESETS = {
     "single-gpu": _preset("single-gpu", data=HUB),
     "speedrun": _preset("speedrun", data=HUB),
 }  # fmt: skip
-PROMPTS = ("The capital of France is", "Once upon a time",
-           "If yesterday was Friday, then tomorrow will be", "The opposite of hot is")  # fmt: skip
+PROMPTS = ("The capital of France is", "Once upon a time", "If yesterday was Friday, then tomorrow will be",
+           "The opposite of hot is")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -108,6 +107,7 @@ def train(cfg: Settings, rt: runtime.Runtime) -> None:
             sequence_len=cfg.sequence_len, vocab_size=tok.get_vocab_size(), window_pattern=cfg.window_pattern,
             ratio=cfg.ratio, target_flops=cfg.target_flops, num_steps=cfg.num_steps,
             batch_tokens=cfg.batch_tokens, device_batch=cfg.device_batch, world_size=rt.world_size,
+            bigram_rows=cfg.bigram_rows,
         )  # fmt: skip
         shape = GPTConfig(**plan.config())
     except ValueError as error:

@@ -23,6 +23,7 @@ class Settings:
     sequence_len: int = setting(2048, "tokens per row")
     vocab_size: int = setting(32768, "tokens of the vocabulary")
     window_pattern: str = setting("SSSL", "S: short window, L: full attention, tiled over the layers")
+    bigram_rows: int = setting(0, "rows of a hashed table of token pairs (0: none)")
     ratio: float = setting(12.0, "training tokens per scaling parameter")
     target_flops: float | None = setting(None, "horizon by compute (FLOPs) instead of the ratio")
     num_steps: int | None = setting(None, "horizon by optimizer steps instead of the ratio")
@@ -63,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         ("heads", f"{p.num_heads} ({p.num_kv_heads} key/value)", f"of {p.head_dim} channels"),
         ("row", p.sequence_len, "tokens"),
         ("vocabulary", p.vocab_size, "tokens"),
+        ("pairs", p.bigram_rows, "rows of the hashed table of token pairs"),
         (
             "parameters",
             f"{p.params_total:,}",

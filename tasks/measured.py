@@ -16,7 +16,7 @@ from tasks.humaneval import HumanEval
 from tasks.mbpp import MBPP
 from tasks.mixtures import EMBEDDED
 from tasks.mmlu import MMLU
-from tasks.synthetic import heldout_tasks
+from tasks.synthetic import Blind, heldout_tasks
 
 HUB_TASKS: dict[str, Callable[[Home], Task]] = {
     "arc_easy": lambda home: ARC("ARC-Easy", "test", home),
@@ -26,12 +26,15 @@ HUB_TASKS: dict[str, Callable[[Home], Task]] = {
     "humaneval": lambda home: HumanEval(home),
     "mbpp": lambda home: MBPP("test", home),
 }
+OTHERS: dict[str, Callable[[Home], Task]] = {"blind": lambda home: Blind()}  # by name alone
 AUTO_HUB = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")  # what ChatCORE is the mean of
 
 
 def open_tasks(names: str, trained: dict[str, Any], home: Home) -> dict[str, Task]:
     """The named tasks. auto: the hub's after a hub mixture, else the embedded corpus's held-out sets."""
-    known = HUB_TASKS | {name: lambda home, task=task: task for name, task in heldout_tasks().items()}
+    known = (
+        HUB_TASKS | OTHERS | {name: lambda home, task=task: task for name, task in heldout_tasks().items()}
+    )
     is_hub = trained.get("mixture", "cpu-demo") not in EMBEDDED
     auto = list(AUTO_HUB) if is_hub else list(heldout_tasks())
     chosen = auto if names == "auto" else list(dict.fromkeys(name.strip() for name in names.split(",")))

@@ -32,16 +32,16 @@ LESSONS: dict[str, list[tuple[int, dict[str, int]]]] = {
     "mid": [
         (2600, {"reorder": 50, "lookup": 50}),
         (6000, {"reorder": 15, "copy": 5, "lookup": 25, "quiz": 35, "facts": 20}),
-        (8500, {"reorder": 5, "far_lookup": 45, "far_quiz": 40, "choice": 10}),
-        (14000, {
-            "far_quiz": 11, "far_lookup": 4, "reorder": 2, "copy": 5, "choice": 18, "facts": 13,
-            "letters": 13, "arithmetic": 14, "identity": 8, "smalltalk": 1, "unknown": 2,
+        (15000, {"reorder": 5, "far_lookup": 45, "far_quiz": 40, "choice": 10}),
+        (16000, {
+            "far_quiz": 10, "far_lookup": 4, "reorder": 2, "copy": 5, "choice": 17, "facts": 13,
+            "letters": 16, "arithmetic": 13, "identity": 8, "smalltalk": 1, "unknown": 2,
             "recall": 2, "spelling": 2, "story": 3, "mixed": 2,
         }),
     ],
     "sft": [
-        (17000, {
-            "far_quiz": 6, "choice": 16, "copy": 4, "facts": 18, "letters": 14, "arithmetic": 16,
+        (23000, {
+            "far_quiz": 6, "choice": 15, "copy": 4, "facts": 18, "letters": 18, "arithmetic": 13,
             "identity": 13, "smalltalk": 3, "unknown": 2, "recall": 2, "spelling": 2, "story": 2, "mixed": 2,
         }),
     ],

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from nanochat.data.synthetic import conversation
+from nanochat.data.synthetic.chats import messages
 from nanochat.data.synthetic.heldout import as_conversation, heldout_sets
 from tasks.base import Conversation, Task
 
@@ -107,6 +108,29 @@ class Identity(HeldOut):
 
     def evaluate(self, conversation: Conversation, answer: str) -> bool:
         return all(has_word(answer, group) for group in conversation["required"])
+
+
+class Blind(HeldOut):
+    """166 questions written by someone who had seen the facts but no training text, nor the other sets.
+
+    Facts, sums, letters and identity, judged as those are. Nothing may be tuned on it: docs/evaluation.md.
+    """
+
+    name = file = "blind"
+    judges: ClassVar = {
+        "facts": Facts,
+        "arithmetic": Arithmetic,
+        "letters": LetterCounting,
+        "identity": Identity,
+    }
+
+    def get_example(self, index: int) -> Conversation:
+        record = self.records[index]
+        reply = record.get("answer") or ", ".join(record.get("accepted", ["nanochat"]))
+        return {"messages": messages([(record["question"], reply)]), **record}
+
+    def evaluate(self, conversation: Conversation, answer: str) -> bool:
+        return self.judges[conversation["kind"]]().evaluate(conversation, answer)
 
 
 def heldout_tasks() -> dict[str, Task]:

@@ -27,6 +27,7 @@ LAYERS = [
     {"models"},
     {"lora"},
     {"gpt", "optim", "data"},
+    {"bigram"},
     {"flash_attention", "tokenizer", "checkpoint", "bpe", "linear", "cross_entropy", "fused"},
     {
         "chat",

@@ -154,7 +154,8 @@ def test_the_page_prints_every_number(name: str, capsys: pytest.CaptureFixture[s
     hidden |= {"accum": "steps", "device_batch": "steps", "world_size": "steps", "flops_per_token": "FLOPs"}
     rows = {"model_dim": "width", "num_heads": "heads", "num_kv_heads": "heads", "sequence_len": "row",
             "vocab_size": "vocabulary", "horizon_tokens": "tokens", "batch_tokens": "batch", "depth": "depth",
-            "num_steps": "steps", "weight_decay": "weight decay", "lr_factor": "rate factor"}  # fmt: skip
+            "bigram_rows": "pairs", "num_steps": "steps",
+            "weight_decay": "weight decay", "lr_factor": "rate factor"}  # fmt: skip
     facts = p.to_dict()
     assert facts.keys() == hidden.keys() | rows.keys() | {"window_pattern"}
     for field, row in (hidden | rows).items():

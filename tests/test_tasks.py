@@ -19,6 +19,7 @@ from tasks.arc import ARC
 from tasks.base import Conversation, Curriculum, Mixture, Task, reference
 from tasks.custom import CustomJSON
 from tasks.gsm8k import GSM8K, solution_parts
+from tasks.measured import open_tasks
 from tasks.mixtures import (
     LESSONS,
     NUM_SMOKE,
@@ -32,7 +33,7 @@ from tasks.mixtures import (
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 from tasks.spelling import SimpleSpelling, SpellingBee
-from tasks.synthetic import SyntheticChat, has_word, heldout_tasks, last_number, words
+from tasks.synthetic import Blind, SyntheticChat, has_word, heldout_tasks, last_number, words
 
 
 class Numbers(Task):
@@ -98,6 +99,15 @@ def test_heldout_sets_accept_the_reference_and_nothing_else(name: str) -> None:
     if name != "identity":
         right = sum(task.evaluate(conv, other) for conv, other in zip(task, others[1:]))
         assert right < {"letters": 100, "multiple_choice": 80}.get(name, 12)
+
+
+def test_blind_questions_are_judged_by_their_kind() -> None:
+    task, judged = Blind(), Counter(r["kind"] for r in Blind().records)
+    assert len(task) == 166 and set(judged) == set(Blind.judges) and "blind" not in heldout_tasks()
+    for conv in task:
+        right = " ".join(group[0] for group in conv["required"]) if "required" in conv else reference(conv)
+        assert task.evaluate(conv, right) and not task.evaluate(conv, "I do not know.")
+    assert set(open_tasks("blind", {}, Home(Path("unused")))) == {"blind"}
 
 
 def test_reading_answers() -> None:

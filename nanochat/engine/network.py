@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat import hardware
+from nanochat.bigram import look_up
 from nanochat.cross_entropy import softcap
 from nanochat.fused import inverse_rms, rope_tables
 from nanochat.gpt import GPT, QK_SCALE, SMEAR_CHANNELS, VE_GATE_CHANNELS, Embedding
@@ -123,6 +124,7 @@ class FusedNetwork:
 
         values = cast("dict[str, Embedding]", model.value_embeds)
         self.wte_VD = model.wte.weight.detach()
+        self.bigram_RD = None if model.bigram_embeds is None else model.bigram_embeds.weight.detach()
         self.head = Matrix(model.lm_head.weight[: model.config.vocab_size], dtype)
         self.smear_gate = model.smear_gate.weight.detach().to(self.dtype)
         self.smear, self.backout = number(model.smear_lambda), number(model.backout_lambda)
@@ -152,6 +154,8 @@ class FusedNetwork:
         h_ND, before_ND = _norm(both_ND).split(N)
         gate_N1 = torch.sigmoid(F.linear(h_ND[:, :SMEAR_CHANNELS], self.smear_gate)).mul_(self.smear)
         x_ND = torch.addcmul(h_ND, gate_N1.masked_fill_((prev_N < 0).unsqueeze(1), 0), before_ND)
+        if self.bigram_RD is not None:
+            x_ND = x_ND + look_up(ids_N, prev_N, self.bigram_RD).to(dtype)
         x0_ND = middle_ND = x_ND
         cos, sin = rope_tables(positions_N, E, dtype)
         cos_N1E, sin_N1E = torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from nanochat.data.synthetic import choices, facts, letters, lookups, numbers, stories
@@ -38,13 +39,28 @@ def _line(rng: Rng, name: str, slots: dict[str, str] | None = None) -> list[str]
     return [capital(part) for part in text.split(" => ")]
 
 
-def casual(rng: Rng, question: str) -> str:
-    """Now and then a question as people type it: with an opening, or without capitals and marks."""
-    way = rng.below(20)
-    if way < 4:
-        g = grammar("chats.txt")
-        return g.fill("{*lead}", rng, {}) + question
-    return question.lower().rstrip("?.") if way == 4 else question
+@cache
+def small_words() -> frozenset[str]:
+    """Words that people leave out when they type a question in a hurry."""
+    return frozenset(word for line in grammar("chats.txt").lists["small"] for word in line.split())
+
+
+def casual(rng: Rng, question: str, needed: tuple[str, ...] = ()) -> str:
+    """Now and then a question as people type it: with an opening or an ending that says nothing, without
+    capitals and marks, and with small words left out, but not the `needed` ones. So that no answer hangs on
+    one wording.
+    """
+    g = grammar("chats.txt")
+    if rng.chance(25):
+        words, small = question.split(" "), small_words().difference(needed)
+        kept = [w for w in words if w.lower() not in small or rng.chance(60)]
+        question = capital(" ".join(kept if len(kept) > 1 else words))
+    if rng.chance(20):
+        question = g.fill("{*lead}", rng, {}) + question
+    if not question.endswith("= ?") and rng.chance(20):
+        mark = question[-1] if question[-1] in "?." else ""
+        question = question.removesuffix(mark) + g.fill("{*tail}", rng, {}) + mark
+    return question.lower().rstrip("?. ") if rng.chance(7) else question
 
 
 def identity(rng: Rng) -> Turns:
@@ -98,12 +114,12 @@ def count(rng: Rng) -> Turns:
     letter = letters.draw_letter(rng, word)
     number = word.count(letter)
     answer = tool_answer(letters.expression(word, letter), str(number), letters.counted(letter, number))
-    return [(letters.count_question(rng, word, letter), answer)]
+    return [(casual(rng, letters.count_question(rng, word, letter), (letter, word)), answer)]
 
 
 def arithmetic(rng: Rng) -> Turns:
     question, s, answer = numbers.question(rng)
-    return [(question, tool_answer(s.text, str(s.value), answer))]
+    return [(casual(rng, question), tool_answer(s.text, str(s.value), answer))]
 
 
 def spelling(rng: Rng) -> Turns:

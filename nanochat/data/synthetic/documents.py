@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nanochat.data.synthetic import choices, facts, letters, lookups, numbers, stories
+from nanochat.data.synthetic.chats import casual
 from nanochat.data.synthetic.grammar import grammar
 from nanochat.data.synthetic.rng import Rng, mix_text
 
@@ -39,7 +40,7 @@ def dialogue_document(rng: Rng) -> str:
     told = []
     for _ in range(rng.between(3, 5)):
         fact = facts.any_fact(rng)
-        told.append(form.format(a=first, b=second, q=rng.pick(fact.questions), r=fact.reply))
+        told.append(form.format(a=first, b=second, q=casual(rng, rng.pick(fact.questions)), r=fact.reply))
         if rng.chance(15):
             first, second = second, first
     return "\n".join(told)

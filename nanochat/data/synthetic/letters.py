@@ -1,16 +1,17 @@
 """Words and their letters: which words may be shown in training, spelling, counting letters with the tool.
 
 Two thirds of the words that training counts letters in do not exist, so that what is learned is to copy any
-word: syllables put together, or the beginning of a word and the end of another, which have the tokens of
-real words.
+word: syllables put together, or pieces of several words, which have the tokens of real words. The others are
+all words of the corpus, so that no token is rare.
 The words of the list "new" belong to the held-out sets alone.
 """
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
-from nanochat.data.synthetic.grammar import grammar
+from nanochat.data.synthetic.grammar import data_lines, grammar
 from nanochat.data.synthetic.rng import Rng
 
 STARTS = (*"bcdfghklmnprstvwz", "br", "ch", "cl", "dr", "fl", "gr", "pl", "sh", "sl", "st", "th", "tr", "qu")
@@ -19,6 +20,7 @@ ENDS = (
     *("", "", "", "n", "r", "s", "l", "t", "m", "d", "ck", "ll", "ng", "nt", "rt", "ss", "st", "x", "p"),
     *("tt", "mm", "bble", "tion", "ry", "ther", "ing", "er"),
 )
+TEXTS = ("facts.txt", "stories.txt", "chats.txt", "numbers.txt")
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -36,6 +38,14 @@ def training_words() -> tuple[str, ...]:
 def held_out_words() -> tuple[str, ...]:
     """Words that training never shows, in the order of the file."""
     return tuple(w for line in grammar("words.txt").lists["new"] for w in line.split())
+
+
+@cache
+def corpus_words() -> tuple[str, ...]:
+    """training_words and every other word of 4 to 14 letters in the texts of the corpus, sorted."""
+    texts = (re.sub(r"\{[^{}]*\}", " ", "\n".join(data_lines(name))) for name in TEXTS)
+    words = {w for text in texts for w in re.findall(r"(?<![a-z])[a-z]{4,14}(?![a-z])", text.lower())}
+    return tuple(sorted((words - set(held_out_words())).union(training_words())))
 
 
 def kind_words(kind: str) -> list[str]:
@@ -59,17 +69,21 @@ def invented(rng: Rng) -> str:
 
 
 def blended(rng: Rng) -> str:
-    """The beginning of a word and the end of another one, of four letters or more."""
+    """The beginning of a word and the end of another one, of 4 to 14 letters; at times a piece between."""
     while True:
-        first, last = rng.pick(training_words()), rng.pick(training_words())
-        word = first[: rng.between(1, len(first))] + last[rng.below(len(last)) :]
+        first, middle, last = (rng.pick(corpus_words()) for _ in range(3))
+        word = first[: rng.between(1, len(first))]
+        if rng.chance(30):
+            start = rng.below(len(middle) - 1)
+            word += middle[start : start + rng.between(2, 5)]
+        word += last[rng.below(len(last)) :]
         if 4 <= len(word) <= 14 and word not in held_out_words():
             return word
 
 
 def any_word(rng: Rng) -> str:
-    """A word of the lists, a blended one or an invented one."""
-    return rng.pick((lambda rng: rng.pick(training_words()), blended, invented))(rng)
+    """A word of the corpus, a blended one or an invented one."""
+    return rng.pick((lambda rng: rng.pick(corpus_words()), blended, invented))(rng)
 
 
 def draw_letter(rng: Rng, word: str) -> str:
