@@ -40,7 +40,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.web.server import create_app
 from nanochat.web.door import listen
-from nanochat.web.serving import make_server
+from nanochat.web.serving import make_server, settle
 depth, rows, waiting = map(int, sys.argv[1:4])
 tok = RustBPETokenizer.train_from_iterator(["the sky is blue, the grass is green "] * 9, 300)
 heads = max(1, depth // 2)
@@ -48,6 +48,7 @@ shape = dict(n_layer=depth, n_head=heads, n_kv_head=heads, n_embd=64 * depth, wi
 model = GPT(GPTConfig(1024, tok.get_vocab_size(), **shape))
 model.init_weights(1)
 app = create_app(Engine(model.eval(), tok), "bench", num_rows=rows, max_waiting=waiting, max_wait_seconds=600)
+settle()
 with listen("127.0.0.1", 0) as listener:
     listener.listen(4096)
     print("PORT", listener.getsockname()[1], flush=True)

@@ -67,7 +67,7 @@ def serve(settings: Settings, keys: list[str], hosts: list[str], door: Door, whe
     from nanochat.engine.session import open_engine
     from nanochat.web.gate import log_line
     from nanochat.web.server import create_app
-    from nanochat.web.serving import make_server
+    from nanochat.web.serving import make_server, settle
 
     opened = open_engine(
         Home.find(settings.home), settings.tag, settings.stage, settings.step, settings.device, settings.dtype
@@ -86,6 +86,7 @@ def serve(settings: Settings, keys: list[str], hosts: list[str], door: Door, whe
         log=log_line if settings.log else None,
         note=opened.warning,
     )
+    settle()
     if opened.warning:
         print(f"note: {opened.warning}")
     print(f"{settings.tag}/{opened.stage}, step {opened.step}: open {where} (Ctrl-C ends it)", flush=True)

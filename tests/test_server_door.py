@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import http.client
 import json
 import socket
@@ -103,6 +104,8 @@ def test_chat_web_opens_its_port_at_once(tmp_path: Path, monkeypatch: pytest.Mon
     assert thread.is_alive() and not servers
     may_load.set()
     until(lambda: status() == 200, seconds=60)
+    assert gc.get_freeze_count() > 1000  # a full collection over all that is loaded would stop every thread
+    gc.unfreeze()
     answer = send(port, "POST", "/v1/completions", {"prompt": "the sky", "max_tokens": 3})
     assert answer[0] == 200 and json.loads(answer[2])["model"] == "main-sft"
     servers[0].should_exit = True

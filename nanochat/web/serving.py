@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import socket
 import sys
 import time
@@ -19,6 +20,15 @@ from nanochat.web.gate import MAX_HEADER_BYTES
 
 SWITCH_SECONDS = 0.001  # of the interpreter between threads: the door's must not wait for the engine's
 STUCK_SECONDS = 10.0  # without a turn of the event loop
+
+
+def settle() -> None:
+    """Call once, when all is loaded. What is there now stays; the garbage collector need not look at it.
+
+    torch and the rest are 200,000 objects; a full collection over them stops every thread for 0.14 s.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def make_server(app: Any, drain_seconds: float, door: Door | None = None) -> Any:
