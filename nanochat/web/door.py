@@ -156,6 +156,8 @@ class Door:
             self._drop_oldest()
             time.sleep(0.01)
             return
+        if not DONT_WAIT:  # Windows
+            line.setblocking(False)
         if len(self._silent) >= MAX_SILENT:
             self._drop_oldest()
         self._silent[line] = time.monotonic() + SILENT_SECONDS
