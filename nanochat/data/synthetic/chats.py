@@ -45,6 +45,12 @@ def small_words() -> frozenset[str]:
     return frozenset(word for line in grammar("chats.txt").lists["small"] for word in line.split())
 
 
+def stray(rng: Rng) -> str:
+    """Now and then a word that does not belong there, after a space: what is copied must end before it."""
+    words = [word for line in grammar("chats.txt").lists["stray"] for word in line.split("|")]
+    return " " + rng.pick(words) if rng.chance(40) else ""
+
+
 def casual(rng: Rng, question: str, needed: tuple[str, ...] = ()) -> str:
     """Now and then a question as people type it: with an opening or an ending that says nothing, without
     capitals and marks, and with small words left out, but not the `needed` ones. So that no answer hangs on
@@ -59,7 +65,7 @@ def casual(rng: Rng, question: str, needed: tuple[str, ...] = ()) -> str:
         question = g.fill("{*lead}", rng, {}) + question
     if not question.endswith("= ?") and rng.chance(20):
         mark = question[-1] if question[-1] in "?." else ""
-        question = question.removesuffix(mark) + g.fill("{*tail}", rng, {}) + mark
+        question = question.removesuffix(mark) + g.fill("{*tail}", rng, {}) + stray(rng) + mark
     return question.lower().rstrip("?. ") if rng.chance(7) else question
 
 

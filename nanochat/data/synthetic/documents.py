@@ -69,10 +69,10 @@ def list_document(rng: Rng) -> str:
 
 KINDS = {
     stories.story: 13,
-    fact_document: 29,
-    dialogue_document: 19,
+    fact_document: 26,
+    dialogue_document: 17,
     choices.quiz_document: 6,
-    lookups.table_document: 6,
+    lookups.table_document: 11,
     lookups.echo_document: 6,
     numbers.document: 6,
     letters.document: 12,

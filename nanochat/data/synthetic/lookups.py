@@ -181,11 +181,18 @@ def echo_document(rng: Rng) -> str:
 
 
 def table_document(rng: Rng) -> str:
-    """A list with a letter at each line, then the same lines or questions in any order, for pretraining."""
+    """A list with a letter at each line, then the same lines or questions in any order, for pretraining.
+
+    At times the first question stands before the list, as in a multiple-choice question.
+    """
     chosen = different_facts(rng, rng.between(4, len(MARKS)))
     is_facts = rng.chance(50)
     shown = [fact.answer for fact in chosen] if is_facts else entries(rng, len(chosen))
     told = [listed(shown)]
+    if rng.chance(40):
+        place = rng.below(len(shown))
+        asked = rng.pick(chosen[place].questions) if is_facts else f"Which letter is {shown[place]}?"
+        told = [asked, *told, MARKS[place]]
     for _ in range(rng.between(1, 2)):
         forms: tuple[str, ...] = (
             "- {e}={m}",
