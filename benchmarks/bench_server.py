@@ -10,7 +10,8 @@ is this one, so both share the machine's cores. Three parts, each bounded:
     overload   ten times as many requests as rows and queue hold: only 200 and 429 may come back
     hangups    --hangups callers leave after the first event: no row stays in use, memory is what it was
 
-All the while /health is asked ten times a second. A figure that misses its aim makes the exit code 1.
+All the while /health is asked some ten times a second, and so is a bare server that does nothing else: what
+that one takes is the machine's. A figure that misses its aim makes the exit code 1.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.web.server import create_app
-from nanochat.web.serving import listen, make_server
+from nanochat.web.door import listen
+from nanochat.web.serving import make_server, settle
 depth, rows, waiting = map(int, sys.argv[1:4])
 tok = RustBPETokenizer.train_from_iterator(["the sky is blue, the grass is green "] * 9, 300)
 heads = max(1, depth // 2)
@@ -46,23 +48,38 @@ shape = dict(n_layer=depth, n_head=heads, n_kv_head=heads, n_embd=64 * depth, wi
 model = GPT(GPTConfig(1024, tok.get_vocab_size(), **shape))
 model.init_weights(1)
 app = create_app(Engine(model.eval(), tok), "bench", num_rows=rows, max_waiting=waiting, max_wait_seconds=600)
+settle()
 with listen("127.0.0.1", 0) as listener:
     listener.listen(4096)
     print("PORT", listener.getsockname()[1], flush=True)
     make_server(app, 5).run(sockets=[listener])
 """
 
+# What the machine itself takes: a server that does nothing else.
+BARE = """
+import socket
+listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+print(listener.getsockname()[1], flush=True)
+while True:
+    line, _ = listener.accept()
+    line.recv(4096)
+    line.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 0\\r\\nConnection: close\\r\\n\\r\\n")
+    line.close()
+"""
+
 # A process of its own, so that the load's event loop is not what is measured.
 WATCH = """
 import http.client, sys, time
 while True:
-    start = time.perf_counter()
-    line = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=60)
-    line.request("GET", "/health")
-    assert line.getresponse().status == 200
-    line.close()
-    print(time.perf_counter() - start, flush=True)
-    time.sleep(0.1)
+    for name, port in zip(("health", "bare"), sys.argv[1:]):
+        start = time.perf_counter()
+        line = http.client.HTTPConnection("127.0.0.1", int(port), timeout=60)
+        line.request("GET", "/health")
+        answer = line.getresponse()
+        assert answer.status == 200, answer.read()
+        line.close()
+        print(name, time.perf_counter() - start, flush=True)
+    time.sleep(0.05)
 """
 
 
@@ -89,6 +106,10 @@ def start_server(args: argparse.Namespace, rows: int, waiting: int) -> tuple[sub
         if match := re.search(r"PORT (\d+)|http://[\d.]+:(\d+)", line):
             return server, int(match[1] or match[2])
     raise RuntimeError("the server did not start")
+
+
+def python(program: str, *words: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", program, *words], stdout=subprocess.PIPE, text=True)
 
 
 def memory_mb(pid: int) -> float:
@@ -215,11 +236,11 @@ async def run(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     for part in args.only.split(","):
         waiting = args.users if part == "users" else args.waiting
         server, port = start_server(args, args.rows, waiting)
+        await ask(port, 0, 8)
+        bare = python(BARE)
+        assert bare.stdout is not None
+        watcher = python(WATCH, str(port), bare.stdout.readline().strip())
         try:
-            await ask(port, 0, 8)
-            watcher = subprocess.Popen(
-                [sys.executable, "-c", WATCH, str(port)], stdout=subprocess.PIPE, text=True
-            )
             if part == "users":
                 await users_part(args, port, note)
             elif part == "overload":
@@ -227,10 +248,14 @@ async def run(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             else:
                 await hangups_part(args, port, server.pid, note)
             watcher.terminate()
-            health = [float(line) for line in watcher.communicate()[0].split()]
-            note(part, "health_p50_seconds", quantile(health, 0.5))
-            note(part, "health_p99_seconds", quantile(health, 0.99), 0.05)
+            seen = [line.split() for line in watcher.communicate()[0].splitlines()]
+            for name, aim in (("health", 0.05), ("bare", None)):
+                seconds = [float(found) for kind, found in seen if kind == name]
+                note(part, f"{name}_p50_seconds", quantile(seconds, 0.5))
+                note(part, f"{name}_p99_seconds", quantile(seconds, 0.99), aim)
         finally:
+            watcher.kill()
+            bare.kill()
             server.terminate()
             server.wait(30)
 

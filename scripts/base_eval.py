@@ -7,7 +7,9 @@ torchrun --standalone --nproc_per_node=8 -m scripts.base_eval --preset=speedrun
 from __future__ import annotations
 
 import math
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,7 @@ from nanochat.engine.text import answer_of
 from nanochat.eval import core
 from nanochat.eval.bpb import evaluate_bpb
 from nanochat.paths import Home
+from nanochat.train.progress import Bar
 from nanochat.train.stage import open_stage
 
 
@@ -80,7 +83,9 @@ def measure(cfg: Settings, rt: runtime.Runtime) -> None:
     source = open_source(
         data, home=home, seed=seed, mirror=cfg.mirror or trained.get("mirror"), offline=cfg.offline
     )
-    tasks, missing, note = find_core(cfg, home, rt)
+    tasks, missing, note = core.find_tasks(
+        home, rt, max_per_task=cfg.max_per_task, mirror=cfg.mirror, offline=cfg.offline
+    )
     parent = ["base", found.meta.get("key"), found.step]
     inputs: dict[str, Any] = {"tokenizer": tok.fingerprint(), "parent": parent, "data": source.fingerprint()}
     inputs["core"] = core.fingerprint(tasks) if tasks else None
@@ -101,7 +106,7 @@ def measure(cfg: Settings, rt: runtime.Runtime) -> None:
         if tasks:
             cache = core.cache_file(home, found.records, tok, rt.dtype)
             how: dict[str, Any] = {"max_per_task": cfg.max_per_task, "say": rt.say, "cache": cache}
-            facts = core.evaluate_core(tasks, model, tok, rt, **how)
+            facts = core.evaluate_core(tasks, model, tok, rt, progress=bars(rt), **how)
             rt.say(
                 f"base_eval: CORE {facts['core']:.4f} over {len(tasks)} tasks{f'; {note}' if note else ''}"
             )
@@ -115,25 +120,17 @@ def measure(cfg: Settings, rt: runtime.Runtime) -> None:
         )  # fmt: skip
 
 
-def find_core(
-    cfg: Settings, home: Home, rt: runtime.Runtime
-) -> tuple[list[core.CoreTask], list[str], str | None]:
-    """(CORE's tasks, names of those without data, a note for people); if there is no task, it says why."""
-    if cfg.max_per_task == 0:
-        return [], [], "--max-per-task is 0"
-    note: str | None = None
-    if rt.is_main:
-        try:
-            core.find_bundle(home, mirror=cfg.mirror, offline=cfg.offline)
-        except errors.UserError as error:
-            note = f"{error.problem} ({error.hint})"
-    note = rt.gather(note)[0]
-    if note is not None:
-        return [], [], note
-    tasks, missing = core.load_tasks(home.eval_bundle_dir)
-    capped = [] if cfg.max_per_task is None else [f"at most {cfg.max_per_task} examples per task"]
-    lacking = [f"without {', '.join(missing)}, whose data is missing"] if missing else []
-    return tasks, missing, "; ".join(capped + lacking) or None
+def bars(rt: runtime.Runtime) -> Callable[[str, int, int], None]:
+    """A live bar for each task on a terminal; elsewhere the line of each task must do."""
+    shown: dict[str, Bar] = {}
+
+    def show(name: str, done: int, of: int) -> None:
+        if rt.is_main and sys.stdout.isatty():
+            shown.setdefault(name, Bar(name, of)).show(done, f"{done:,} of {of:,}")
+            if done >= of:
+                shown[name].close()
+
+    return show
 
 
 def continuations(model: Any, tok: Any, num_tokens: int) -> list[tuple[str, str]]:

@@ -20,7 +20,7 @@ class Settings:
     home: str | None = setting(None, "directory of all runs (default: NANOCHAT_HOME, else the user's cache)")
     tag: str = setting("main", "name of the run")
     seed: int = setting(1, "seed of the questions, their order and the answers")
-    task: str = setting("gsm8k", "what is rewarded: arithmetic, letters, numbers (both) or gsm8k")
+    task: str = setting("gsm8k", "what is rewarded: arithmetic, stories, letters, numbers, gsm8k or mbpp")
     size: int = setting(4000, "questions made for a task of the embedded corpus")
     epochs: float = setting(1.0, "passes over the questions")
     steps: int | None = setting(None, "optimizer steps (default: from the epochs)")

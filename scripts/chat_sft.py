@@ -2,6 +2,7 @@
 
 python -m scripts.chat_sft --preset=cpu-demo
 python -m scripts.chat_sft --data=mine.jsonl --parent=imported:sft --tag=mine --batch-tokens=16384
+python -m scripts.chat_sft --preset=single-gpu --tasks=4xgsm8k,arc_easy,hf:HuggingFaceTB/smoltalk:all
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from nanochat.optim.schedule import linear_to_zero, post_training_momentum
 from nanochat.paths import Home
 from nanochat.train.loop import Rates
 from nanochat.train.tune import Recipe, tune
+from tasks.base import Task
+from tasks.chosen import open_chosen
 from tasks.custom import CustomJSON
 from tasks.mixtures import mixture
 
@@ -24,6 +27,7 @@ class Settings:
     tag: str = setting("main", "name of the run")
     seed: int = setting(1, "seed of the mixture and its order")
     mixture: str = setting("speedrun", "which mixture: smoke, cpu-demo, single-gpu or speedrun")
+    tasks: str | None = setting(None, "tasks for the mixture, such as 4xgsm8k,arc_easy (tasks/chosen.py)")
     data: str | None = setting(None, "your own conversations (JSONL, see tasks/custom.py) for the mixture")
     parent: str | None = setting(
         None, "STAGE or TAG:STAGE to start from (default: this run's mid, else base)"
@@ -35,6 +39,7 @@ class Settings:
     device_batch: int = setting(32, "rows per forward pass on one device")
     lr_scale: float = setting(0.8, "factor on every learning rate")
     fresh_optimizer: bool = setting(False, "start with empty moments instead of the parent's")
+    borders: bool = setting(True, "conversations packed into one row do not see each other")
     device: str | None = setting(None, "cpu, cuda or mps (default: what there is)")
     dtype: str | None = setting(None, "float32, bfloat16 or float16 (default: bfloat16 where fast)")
     eval_every: int = setting(150, "optimizer steps between validations (0: never)")
@@ -65,11 +70,15 @@ def main(argv: list[str] | None = None) -> None:
         recipe = Recipe("sft", ("mid", "base"), "assistant", not cfg.fresh_optimizer, schedule, rates={})
         if cfg.parent == "sft":
             raise errors.UserError("a stage cannot be its own parent", "name another run: --parent=TAG:sft")
-        task = (
-            CustomJSON(cfg.data)
-            if cfg.data
-            else mixture("sft", cfg.mixture, cfg.seed, home=Home.find(cfg.home))
-        )
+        if cfg.data and cfg.tasks:
+            raise errors.UserError("--data and --tasks exclude each other", "name the file among the --tasks")
+        home = Home.find(cfg.home)
+        if cfg.data:
+            task: Task = CustomJSON(cfg.data)
+        elif cfg.tasks:
+            task = open_chosen(cfg.tasks, home, cfg.seed)
+        else:
+            task = mixture("sft", cfg.mixture, cfg.seed, home=home)
         tune(recipe, cfg, rt, task)
     finally:
         runtime.close(rt)

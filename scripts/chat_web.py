@@ -10,12 +10,15 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from nanochat import config, errors
 from nanochat.config import setting
-from nanochat.engine import Engine
-from nanochat.engine.session import open_engine
 from nanochat.paths import Home
+from nanochat.web.door import Door, listen
+
+if TYPE_CHECKING:
+    from nanochat.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -48,45 +51,46 @@ PRESETS = {name: Settings() for name in ("smoke", "cpu-demo", "single-gpu", "spe
 
 def main(argv: list[str] | None = None) -> None:
     settings = config.parse(Settings, PRESETS, argv, __doc__)
-    from nanochat.web.gate import log_line
-    from nanochat.web.server import create_app
-    from nanochat.web.serving import listen, make_server
-
     keys = names(os.environ.get("NANOCHAT_API_KEY", ""))
     if any(len(key) < 8 for key in keys):
         raise errors.UserError(
             "NANOCHAT_API_KEY holds a key of less than 8 characters", "openssl rand -hex 24 makes a good one"
         )
-    with listen(settings.host, settings.port, bool(keys)) as listener:
-        opened = open_engine(
-            Home.find(settings.home),
-            settings.tag,
-            settings.stage,
-            settings.step,
-            settings.device,
-            settings.dtype,
-        )
-        app = create_app(
-            replicas(opened.engine, settings.replicas),
-            settings.name or f"{settings.tag}-{opened.stage}",
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            num_rows=settings.rows,
-            max_waiting=settings.waiting,
-            max_per_key=settings.per_key,
-            keys=keys,
-            hosts=[settings.host, *names(settings.allow_host)],
-            origins=names(settings.allow_origin),
-            log=log_line if settings.log else None,
-            note=opened.warning,
-        )
-        if opened.warning:
-            print(f"note: {opened.warning}")
-        listener.listen(1024)  # from here on connections wait for the server instead of failing
+    hosts = [settings.host, *names(settings.allow_host)]
+    with listen(settings.host, settings.port, bool(keys)) as listener, Door(listener, hosts) as door:
         host, port = listener.getsockname()[:2]
-        where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        print(f"{settings.tag}/{opened.stage}, step {opened.step}: open {where} (Ctrl-C ends it)", flush=True)
-        make_server(app, settings.drain).run(sockets=[listener])
+        serve(settings, keys, hosts, door, f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
+
+def serve(settings: Settings, keys: list[str], hosts: list[str], door: Door, where: str) -> None:
+    """Load the model and answer at the door until a signal ends it."""
+    from nanochat.engine.session import open_engine
+    from nanochat.web.gate import log_line
+    from nanochat.web.server import create_app
+    from nanochat.web.serving import make_server, settle
+
+    opened = open_engine(
+        Home.find(settings.home), settings.tag, settings.stage, settings.step, settings.device, settings.dtype
+    )
+    app = create_app(
+        replicas(opened.engine, settings.replicas),
+        settings.name or f"{settings.tag}-{opened.stage}",
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        num_rows=settings.rows,
+        max_waiting=settings.waiting,
+        max_per_key=settings.per_key,
+        keys=keys,
+        hosts=hosts,
+        origins=names(settings.allow_origin),
+        log=log_line if settings.log else None,
+        note=opened.warning,
+    )
+    settle()
+    if opened.warning:
+        print(f"note: {opened.warning}")
+    print(f"{settings.tag}/{opened.stage}, step {opened.step}: open {where} (Ctrl-C ends it)", flush=True)
+    make_server(app, settings.drain, door).run()
 
 
 def names(text: str) -> list[str]:
@@ -96,6 +100,8 @@ def names(text: str) -> list[str]:
 def replicas(engine: Engine, count: int | None) -> list[Engine]:
     """The engine and copies of it: one on each further GPU, or beside it on a CPU. Raises UserError."""
     import torch
+
+    from nanochat.engine import Engine
 
     device = engine.model.get_device()
     num_gpus = torch.cuda.device_count() if device.type == "cuda" else 0

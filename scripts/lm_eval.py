@@ -44,8 +44,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         harness: Any = importlib.import_module("lm_eval")
         loader: Any = importlib.import_module("lm_eval.tasks")
+        evaluator: Any = importlib.import_module("lm_eval.evaluator")
     except ImportError as error:
         raise UserError("the package lm-eval is not installed", 'pip install "lm-eval>=0.4.9"') from error
+    evaluator.add_env_info = lambda _: None  # it runs pip and a dozen other programs; nothing of it is kept
     home, rt = Home.find(cfg.home), runtime.start(cfg.device, cfg.dtype)
     stage = cfg.stage or models.newest_stage(home, cfg.tag)
     model, tok, found = models.load_model(home, cfg.tag, stage, rt=rt, step=cfg.step)
@@ -60,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     path = home.stage_dir(cfg.tag, f"lm_eval_{stage}") / "results.json"
     write_text(path, json.dumps(facts, indent=1, default=str) + "\n")
     for name, values in done["results"].items():
-        print(name, {k: round(v, 4) for k, v in values.items() if isinstance(v, float)})
+        print(name, {k: round(float(v), 4) for k, v in values.items() if isinstance(v, float)})
     print(f"written to {path}")
 
 

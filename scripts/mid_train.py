@@ -13,6 +13,7 @@ from nanochat.optim.schedule import linear_to_zero, post_training_momentum
 from nanochat.paths import Home
 from nanochat.train.loop import Rates
 from nanochat.train.tune import Recipe, tune
+from tasks.chosen import open_chosen
 from tasks.mixtures import mixture
 
 
@@ -22,11 +23,13 @@ class Settings:
     tag: str = setting("main", "name of the run")
     seed: int = setting(1, "seed of the mixture and its order")
     mixture: str = setting("speedrun", "which mixture: smoke, cpu-demo, single-gpu or speedrun")
+    tasks: str | None = setting(None, "tasks for the mixture, such as 4xgsm8k,arc_easy (tasks/chosen.py)")
     epochs: float = setting(1.0, "passes over the mixture")
     batch_tokens: int | None = setting(None, "tokens per optimizer step (default: the base run's)")
     device_batch: int = setting(32, "rows per forward pass on one device")
     lr_scale: float = setting(1.0, "factor on every learning rate")
     loss_on: str = setting("all", "all: every real token; assistant: assistant tokens only")
+    borders: bool = setting(True, "conversations packed into one row do not see each other")
     device: str | None = setting(None, "cpu, cuda or mps (default: what there is)")
     dtype: str | None = setting(None, "float32, bfloat16 or float16 (default: bfloat16 where fast)")
     eval_every: int = setting(150, "optimizer steps between validations (0: never)")
@@ -62,7 +65,9 @@ def main(argv: list[str] | None = None) -> None:
     rt = runtime.start(cfg.device, cfg.dtype)
     try:
         recipe = Recipe("mid", ("base",), cfg.loss_on, warm_optimizer=False, schedule=schedule, rates=RATES)
-        tune(recipe, cfg, rt, mixture("mid", cfg.mixture, cfg.seed, home=Home.find(cfg.home)))
+        home = Home.find(cfg.home)
+        chosen = open_chosen(cfg.tasks, home, cfg.seed) if cfg.tasks else None
+        tune(recipe, cfg, rt, chosen or mixture("mid", cfg.mixture, cfg.seed, home=home))
     finally:
         runtime.close(rt)
 

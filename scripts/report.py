@@ -1,6 +1,7 @@
 """Write the report of a run, report.html and report.md with plots, from the facts its stages have left.
 
 python -m scripts.report --tag=main
+python -m scripts.report --tag=main --price=3     with what it cost, at $3 per device and hour
 python -m scripts.report A B          compares two runs (TAG, or TAG in another home as HOME:TAG)
 """
 
@@ -12,8 +13,8 @@ from dataclasses import dataclass
 from nanochat import config, errors
 from nanochat.config import setting
 from nanochat.paths import Home, write_text
-from nanochat.report import page, plots
-from nanochat.report.compare import compare, difference_table
+from nanochat.report import answers, page, plots
+from nanochat.report.compare import compare, difference_table, summary_csv
 from nanochat.report.facts import Facts, read_facts
 from nanochat.report.html import html
 
@@ -23,8 +24,10 @@ class Settings:
     home: str | None = setting(None, "directory of all runs (default: NANOCHAT_HOME, else the user's cache)")
     tag: str = setting("main", "name of the run")
     seed: int = setting(1, "taken as in every script; a report has nothing random")
+    price: float | None = setting(None, "dollars per device and hour (default: no cost is shown)")
 
 
+ANSWERS = "answers.html"
 PRESETS = {name: Settings() for name in ("smoke", "cpu-demo", "single-gpu", "speedrun")}
 
 
@@ -39,13 +42,18 @@ def main(argv: list[str] | None = None) -> None:
         side_by_side(home, runs)
         return
     facts, directory = read_facts(home, cfg.tag), home.report_dir(cfg.tag)
-    write_text(directory / "report.md", page.page(facts, cfg.tag, draw(facts, home, cfg.tag)))
-    write_text(directory / "report.html", html(facts, cfg.tag))
+    tasks, left_out = answers.collect(home, cfg.tag, facts)
+    if tasks:
+        write_text(directory / ANSWERS, answers.html(tasks, left_out, cfg.tag))
+    write_text(directory / "report.md", page.page(facts, cfg.tag, draw(facts, home, cfg.tag), cfg.price))
+    write_text(directory / "report.html", html(facts, cfg.tag, cfg.price, ANSWERS if tasks else None))
+    write_text(directory / "summary.csv", summary_csv(facts))
     print(page.plain(page.summary(facts)))
     for name, stage in facts.items():
         if stage.status != "finished":
             print(f"{name}: {stage.status}")
-    print(f"\nreport: {directory / 'report.html'} (and report.md)")
+    also = f"report.md, summary.csv{f', {ANSWERS}' if tasks else ''}"
+    print(f"\nreport: {directory / 'report.html'} (and {also})")
 
 
 def side_by_side(home: Home, runs: list[str]) -> None:

@@ -95,6 +95,7 @@ class Mixture(Task):
         super().__init__()
         pairs = [task if isinstance(task, tuple) else (task, 1) for task in tasks]
         self.tasks = [task for task, count in pairs for _ in range(count)]
+        self._first = [next(i for i, other in enumerate(self.tasks) if other is task) for task in self.tasks]
         self._ends = list(accumulate(len(task) for task in self.tasks))
         self._order = list(range(self._ends[-1] if self._ends else 0))
         random.Random(seed).shuffle(self._order)
@@ -102,8 +103,17 @@ class Mixture(Task):
     def num_examples(self) -> int:
         return len(self._order)
 
-    def get_example(self, index: int) -> Conversation:
+    def _place(self, index: int) -> tuple[int, int]:
+        """(number of the task, number of its example)."""
         flat = self._order[index]
         which = bisect_right(self._ends, flat)
-        task = self.tasks[which]
-        return task[flat - (self._ends[which] - len(task))]
+        return which, flat - (self._ends[which] - len(self.tasks[which]))
+
+    def get_example(self, index: int) -> Conversation:
+        which, inside = self._place(index)
+        return self.tasks[which][inside]
+
+    def origin(self, index: int) -> tuple[int, int]:
+        """The same for all repetitions of an example, different for all others."""
+        which, inside = self._place(index)
+        return self._first[which], inside

@@ -7,7 +7,9 @@ the list of messages alone. A content is a text, or for the assistant a list of
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,8 @@ def _is_part(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") in PARTS and isinstance(part.get("text"), str)
 
 
-def read_conversations(path: Path) -> list[Conversation]:
-    """The conversations of a JSONL file; empty lines are skipped. UserError names the first bad line."""
+def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number, JSON value) of each line that is not empty. UserError names the first bad one."""
     try:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -49,17 +51,22 @@ def read_conversations(path: Path) -> list[Conversation]:
         raise UserError(
             f"{path} cannot be read: {error.strerror}", "give the path of a JSONL file"
         ) from error
-    made = []
     for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-            found = value if isinstance(value, dict) else {"messages": value}
-            problem = check_messages(found.get("messages"))
-        except (json.JSONDecodeError, RecursionError) as error:
-            problem = f"not JSON ({error})"
-        if problem:
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise UserError(
+                    f"{path} line {number}: not JSON ({error})", "write one JSON value a line"
+                ) from error
+
+
+def read_conversations(path: Path) -> list[Conversation]:
+    """The conversations of a JSONL file; empty lines are skipped. UserError names the first bad line."""
+    made = []
+    for number, value in read_lines(path):
+        found = value if isinstance(value, dict) else {"messages": value}
+        if problem := check_messages(found.get("messages")):
             raise UserError(
                 f"{path} line {number}: {problem}", "see the top of tasks/custom.py for the format"
             )
@@ -70,13 +77,14 @@ def read_conversations(path: Path) -> list[Conversation]:
 
 
 class CustomJSON(Task):
-    """The conversations of a JSONL file, read when the task is made."""
+    """The conversations of a JSONL file, read when the task is made; `fingerprint` changes with them."""
 
     name = "custom"
 
     def __init__(self, path: str | Path, **slice_: Any):
         super().__init__(**slice_)
         self._conversations = read_conversations(Path(path))
+        self.fingerprint = hashlib.sha256(json.dumps(self._conversations).encode()).hexdigest()[:16]
 
     def num_examples(self) -> int:
         return len(self._conversations)

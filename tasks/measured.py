@@ -10,6 +10,7 @@ from nanochat.paths import Home
 from nanochat.sandbox import Sandbox
 from tasks.arc import ARC
 from tasks.base import Task
+from tasks.chosen import split_spec
 from tasks.code import LIMITS, CodeTask
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
@@ -31,12 +32,14 @@ AUTO_HUB = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")  # what C
 
 
 def open_tasks(names: str, trained: dict[str, Any], home: Home) -> dict[str, Task]:
-    """The named tasks. auto: the hub's after a hub mixture, else the embedded corpus's held-out sets."""
+    """The named tasks. auto: those it was taught by --tasks, else the hub's or the held-out sets."""
     known = (
         HUB_TASKS | OTHERS | {name: lambda home, task=task: task for name, task in heldout_tasks().items()}
     )
     is_hub = trained.get("mixture", "cpu-demo") not in EMBEDDED
-    auto = list(AUTO_HUB) if is_hub else list(heldout_tasks())
+    parts = split_spec(trained.get("tasks") or "")
+    taught = [kind for name, _ in parts if (kind := name.partition(":")[0]) in known]
+    auto = taught or list(AUTO_HUB if is_hub else heldout_tasks())
     chosen = auto if names == "auto" else list(dict.fromkeys(name.strip() for name in names.split(",")))
     unknown = [name for name in chosen if name not in known]
     if unknown:

@@ -6,12 +6,11 @@ the place of messages. An answer is a text or a list of parts, as in tasks/custo
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from nanochat.errors import UserError
-from tasks.custom import check_messages
+from tasks.custom import check_messages, read_lines
 
 
 def check_pair(value: Any) -> str | None:
@@ -29,24 +28,11 @@ def check_pair(value: Any) -> str | None:
 
 def read_pairs(path: Path) -> list[dict[str, Any]]:
     """The pairs of a file; empty lines are skipped. UserError names the first bad line."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} cannot be read: {error}", "give the path of a JSONL file in UTF-8"
-        ) from error
     made = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-            if isinstance(value, dict) and isinstance(value.get("prompt"), str):
-                value["messages"] = [{"role": "user", "content": value["prompt"]}]
-            problem = check_pair(value)
-        except (json.JSONDecodeError, RecursionError) as error:
-            problem = f"not JSON ({error})"
-        if problem:
+    for number, value in read_lines(path):
+        if isinstance(value, dict) and isinstance(value.get("prompt"), str):
+            value["messages"] = [{"role": "user", "content": value["prompt"]}]
+        if problem := check_pair(value):
             raise UserError(
                 f"{path} line {number}: {problem}", "see the top of tasks/preferences.py for the format"
             )

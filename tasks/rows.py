@@ -12,25 +12,30 @@ from nanochat.paths import Home
 from tasks.base import Task
 
 
+def column_names(path: Path) -> list[str]:
+    """The columns of a parquet file. UserError if it is none."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return list(pq.read_schema(path).names)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}", "delete the file and run again") from error
+
+
 def read_rows(files: list[Path], columns: tuple[str, ...], cache: Path) -> Any:
     """The columns of every file as one datasets.Dataset, mapped from an Arrow copy in `cache`, not loaded.
 
     UserError if a file is damaged or lacks a column.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     for path in files:
-        try:
-            missing = set(columns) - set(pq.read_schema(path).names)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path} cannot be read: {error}", "delete the file and run again") from error
-        if missing:
+        if missing := set(columns) - set(column_names(path)):
             raise UserError(
                 f"{path} must have the columns {', '.join(columns)}; it lacks {', '.join(sorted(missing))}",
                 "delete the file and run again, or check the address of the mirror",
             )
     import datasets
+    import pyarrow as pa
 
     try:
         return datasets.Dataset.from_parquet(

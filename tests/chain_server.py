@@ -15,8 +15,9 @@ import torch
 from nanochat import chat
 from nanochat.engine import Engine
 from nanochat.tokenizer import RustBPETokenizer
+from nanochat.web.door import listen
 from nanochat.web.server import create_app
-from nanochat.web.serving import listen, make_server
+from nanochat.web.serving import make_server
 
 TOK = RustBPETokenizer.train_from_iterator(["hello there " * 9], 275)
 START, END, PY, PY_END, OUT, OUT_END = (

@@ -10,7 +10,7 @@ from nanochat.tokenizer import RustBPETokenizer
 TOK = RustBPETokenizer.train_from_iterator(["the sky is blue, the grass is green "] * 4, 290)
 
 
-def save_model(home: Home, stage: str = "base", sequence_len: int = 64) -> None:
+def save_model(home: Home, stage: str = "base", sequence_len: int = 64, tag: str = "main") -> None:
     """A model of that stage, step 7, with the meta that training writes."""
     TOK.save(home.tokenizer_dir)
     V = TOK.get_vocab_size()
@@ -23,4 +23,4 @@ def save_model(home: Home, stage: str = "base", sequence_len: int = 64) -> None:
         "settings": {"data": "synthetic", "seed": 1, "mixture": "smoke"},
         "recipe": {"batch_tokens": 1024, "lr_scale": 1.0},
     }  # fmt: skip
-    checkpoint.save(home.checkpoints("main", stage), 7, {"model": arrays}, {}, meta=meta)
+    checkpoint.save(home.checkpoints(tag, stage), 7, {"model": arrays}, {}, meta=meta)

@@ -228,6 +228,16 @@ def test_no_limit_goes_to_the_end_of_the_context() -> None:
     assert len(session.last.prompt) + len(session.last.output) == 120 or session.last.finish_reason == "stop"
 
 
+def test_a_cut_answer_says_so() -> None:
+    session = session_of(script("a long answer that never ends"))
+    session.max_tokens = 6
+    assert "(cut after 6 tokens, see --max-tokens)" in talk(session, "hello").replace("( (", "(")
+    session = session_of(script("on and on " * 90), sequence_len=120)
+    session.max_tokens = 120
+    assert "context is full" in talk(session, "hello")
+    assert "cut" not in talk(session_of(script("whole.")), "hello")
+
+
 def typed(keys: str, history: Path | None, times: int = 1) -> list[str]:
     """What the reader returns when a person types these keys."""
     from prompt_toolkit.input import create_pipe_input

@@ -5,17 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from small_home import save_model
 from test_rollout import Checksums
 
 from nanochat import models
+from nanochat.data.synthetic.numbers import is_held_out
 from nanochat.errors import UserError
 from nanochat.paths import Home, read_json
 from nanochat.train.log import read_metrics
+from nanochat.train.rollout import rewards_of
 from scripts import chat_rl
-from tasks.reinforce import Goal, Practice, goal
-from tasks.synthetic import last_number
+from tasks.base import reference
+from tasks.reinforce import Goal, HeldOutSums, Practice, goal, is_story
+from tasks.synthetic import Arithmetic, last_number
 
 FLAGS = ["--preset=smoke", "--device=cpu", "--dtype=float32", "--keep=9"]
 
@@ -67,13 +72,12 @@ def test_a_run_that_was_stopped_ends_the_same(
     flags = [*FLAGS, "--steps=6", "--samples=6", "--lr-scale=1", *more]
     chat_rl.main(flags)
     names = ("loss", "grad_norm", "tokens")
-    straight, rewards = rows(ready, *names), rows(ready, "reward", "kl")
+    straight, rewards = rows(ready, *names), rows(ready, "reward", "kl", "same_frac", "groups")
     ready.result_file("main", "rl").unlink()
     chat_rl.main([*flags, "--resume=2"])
     assert "continuing from step 2" in capsys.readouterr().out
     assert rows(ready, *names) == straight and len(straight) == 6
-    resumed = [row for row in rows(ready, "kl") if "kl" in row]
-    assert [row["kl"] for row in resumed] == [row["kl"] for row in rewards]
+    assert rows(ready, "reward", "kl", "same_frac", "groups") == rewards and len(rewards) == 6
     chat_rl.main(flags)
     assert "already finished" in capsys.readouterr().out
 
@@ -88,6 +92,67 @@ def test_practice_is_graded_by_its_last_number() -> None:
         assert task.reward(conversation, answer) == 1.0 == task.reward(conversation, number)
         assert task.reward(conversation, f"{int(number) + 1}") == 0.0 == task.reward(conversation, "none")
     assert "count" in task[1]["messages"][-1]["content"][0]["text"]
+
+
+def test_word_problems_are_told_from_sums() -> None:
+    """Practice asks word problems only, all different; the new held-out ones share nothing with training."""
+    task = Practice(("stories",), 40, seed=2)
+    asked = [task[i]["messages"][0]["content"] for i in range(40)]
+    assert all("how many" in q.lower() for q in asked) and len(set(asked)) == 40
+    assert asked == [Practice(("stories",), 40, seed=2)[i]["messages"][0]["content"] for i in range(40)]
+    committed = {record["code"] for record in Arithmetic().records}
+    seen: set[str] = set()
+    for stories in (True, False):
+        held_out = HeldOutSums(stories, 60)
+        for conv in (held_out[i] for i in range(60)):
+            code = conv["messages"][-1]["content"][0]["text"]
+            a, _, b = code.split()
+            assert is_held_out(int(a), int(b)) and code not in committed
+            assert is_story(conv["messages"][0]["content"]) == stories
+            assert held_out.evaluate(conv, reference(conv)) and not held_out.evaluate(
+                conv, "The answer is -1."
+            )
+            seen.add(code)
+    assert len(seen) > 110
+
+
+class Together(Checksums):
+    """Grades many answers at once, and one alone never."""
+
+    def evaluate_many(self, pairs: list[tuple[Any, str]]) -> list[bool]:
+        return ["e" in answer for _, answer in pairs]
+
+    def reward(self, conversation: Any, answer: str) -> float:
+        raise AssertionError
+
+
+def test_rewards_of_answers_that_are_graded_together() -> None:
+    task = Together(3)
+    assert rewards_of(task, task[0], ["see", "no", "", "e"]) == [1.0, 0.0, 0.0, 1.0]
+    assert rewards_of(Short(3), task[0], ["see", "no"]) == [1.0, 0.0]
+
+
+def test_programs_are_a_goal(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MBPP's rows of our own, graded in the sandbox as rewards."""
+    row = {
+        "text": "Write a function to add one.", "test_setup_code": "",
+        "code": "def inc(x):\n    return x + 1", "test_list": ["assert inc(1) == 2", "assert inc(-1) == 0"],
+    }  # fmt: skip
+    for split in ("train", "test"):
+        path = tmp_path / f"mirror/datasets/google-research-datasets/mbpp/full/{split}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    monkeypatch.setenv("NANOCHAT_MIRROR", str(tmp_path / "mirror"))
+    try:
+        aim = goal("mbpp", size=1, home=Home(home))
+    except UserError as error:
+        pytest.skip(f"not run: {error.problem}")
+    answers = [
+        "def inc(x): return x + 1", "```python\ndef inc(x):\n    return 1 + x\n```", "def inc(x): return 2",
+        "import sys; sys.exit(0)", "",
+    ]  # fmt: skip
+    assert rewards_of(aim.train, aim.train[0], answers) == [1.0, 1.0, 0.0, 0.0, 0.0]
+    assert list(aim.held_out) == ["mbpp"]
 
 
 def test_goals(home: Path) -> None:

@@ -364,9 +364,9 @@ def test_results_are_kept_by_weights_and_task(tmp_path: Path, monkeypatch: pytes
     calls: list[str] = []
     real = core.evaluate_task
 
-    def counted(task: CoreTask, *rest: Any) -> dict[str, Any]:
+    def counted(task: CoreTask, *rest: Any, **more: Any) -> dict[str, Any]:
         calls.append(task.name)
-        return real(task, *rest)
+        return real(task, *rest, **more)
 
     monkeypatch.setattr(core, "evaluate_task", counted)
     cache, said = tmp_path / "cache" / "x.json", list[str]()

@@ -15,7 +15,7 @@ import pytest
 
 from nanochat.errors import UserError
 from nanochat.paths import Home, write_json
-from nanochat.report import html, page
+from nanochat.report import answers, html, page
 from nanochat.report.charts import Bars, Line, bar_chart, line_chart, show, thin, ticks
 from nanochat.report.facts import read_facts
 from nanochat.report.plots import smooth
@@ -110,6 +110,7 @@ def test_page_and_plots(full: Home, capsys: pytest.CaptureFixture) -> None:
     assert {p.name for p in directory.iterdir()} == {
         "report.html",
         "report.md",
+        "summary.csv",
         "loss.png",
         "bpb.png",
         "accuracy.png",
@@ -134,7 +135,7 @@ def test_without_matplotlib_the_page_is_written(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     report.main(["--tag=main"])
     assert "plots not drawn" in capsys.readouterr().out
-    assert {p.name for p in full.report_dir("main").iterdir()} == {"report.html", "report.md"}
+    assert {p.name for p in full.report_dir("main").iterdir()} == {"report.html", "report.md", "summary.csv"}
     assert ".png" not in (full.report_dir("main") / "report.md").read_text(encoding="utf-8")
 
 
@@ -145,7 +146,7 @@ def test_only_a_tokenizer_so_far(home: Path, capsys: pytest.CaptureFixture) -> N
     directory = Home(home).report_dir("main")
     text = (directory / "report.md").read_text(encoding="utf-8")
     assert text.count("Nothing was recorded.") == 6  # all sections but the tokenizer's and the settings
-    assert {p.name for p in directory.iterdir()} == {"report.html", "report.md"}
+    assert {p.name for p in directory.iterdir()} == {"report.html", "report.md", "summary.csv"}
 
 
 def test_nothing_to_report(home: Path) -> None:
@@ -206,7 +207,7 @@ class Balanced(HTMLParser):
         self.wrong: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
-        if tag != "meta":
+        if tag not in ("meta", "input"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: Any) -> None:
@@ -231,6 +232,27 @@ def test_a_run_with_one_stage_has_a_page_too(home: Path) -> None:
     write_stage(Home(home), "tok_train", {"vocab_size": 2048, "seconds": 4.0})
     text = html.html(read_facts(Home(home), "main"), "main")
     assert "not finished" in text and "base (not run)" in text and "<svg" not in text
+
+
+def test_core_stands_beside_known_models(full: Home) -> None:
+    """The weakest first, with means over the tasks that were measured; names that do not fit are tilted."""
+    result = json.loads(full.result_file("main", "base_eval").read_text())
+    known = {
+        "large": {"boolq": 0.3, "copa": 0.5, "CORE": 0.4},
+        "gpt2": {"boolq": 0.1, "copa": 0.2, "CORE": 1},
+    }
+    known["part"] = {"boolq": 0.2}
+    write_json(full.result_file("main", "base_eval"), result | {"core_references": known})
+    text = html.html(read_facts(full, "main"), "main")
+    assert "A note; over the same tasks: gpt2 0.1500, large 0.4000." in text
+    (chart,) = re.findall(r"<figure class=wide><figcaption>centred.*?</figure>", text)
+    assert re.findall(r"</i>([^<]+)</span>", chart) == ["this model", "part", "gpt2", "large"]
+    assert (
+        "rotate" not in chart
+        and bar_chart("t", ["a", "b" * 99], [Bars("m", [1, 2], "red")], "y").count("rotate(-25") == 2
+    )
+    write_json(full.result_file("main", "base_eval"), {"core": None, "core_note": "no bundle here"})
+    assert "Not measured: no bundle here." in html.html(read_facts(full, "main"), "main")
 
 
 def test_ticks_are_round_and_inside() -> None:
@@ -265,7 +287,7 @@ def test_two_runs_side_by_side(full: Home, home: Path, capsys: pytest.CaptureFix
     write_json(full.settings_file("other", "base"), {"home": "/x", "tag": "other", "depth": 6})
     report.main(["main", "other"])
     out = capsys.readouterr().out
-    assert re.search(r"base +bits per byte .* \+0\.2500", out)
+    assert re.search(r"base +bits per byte .* \+0\.2500\n", out)
     text = (full.report_dir("main") / "compare.md").read_text()
     assert "| base | depth | 4 | 6 |" in text and "/x" not in text
     whole = (full.report_dir("main") / "compare.html").read_text()
@@ -275,3 +297,87 @@ def test_two_runs_side_by_side(full: Home, home: Path, capsys: pytest.CaptureFix
     for wrong in (["main", "nobody"], ["main"], ["a", "b", "c"]):
         with pytest.raises(UserError):
             report.main(wrong)
+
+
+# ---------------------------------------------------------------- cost, csv, answers
+
+
+def test_cost_is_shown_when_the_price_is_known(full: Home, capsys: pytest.CaptureFixture) -> None:
+    """An hour of two devices at $3 is $6; without a price no dollar appears, and no heading of cost."""
+    result = read_facts(full, "main")["base"].result or {}
+    plan = {"depth": 4, "world_size": 2}
+    write_stage(full, "base", result | {"train_seconds": 3600.0, "plan": plan}, losses(9))
+    report.main(["--price=3"])
+    directory = full.report_dir("main")
+    assert "Time and cost" in (directory / "report.html").read_text()
+    rows = {row[0]: row[-1] for row in page.stages(read_facts(full, "main"), 3.0)}
+    assert rows["stage"] == "cost" and rows["base"] == "$6.00" and rows["sft"] == "–"
+    assert rows["together"] == "$6.13" and rows["base_eval"] == "$0.0083"  # 3676 s; 5 s
+    assert "| $6.00 |" in (directory / "report.md").read_text()
+    assert "<b>$6.13</b><span>cost</span>" in (directory / "report.html").read_text()
+    report.main([])
+    assert "$" not in (directory / "report.html").read_text()
+    assert "cost" not in (directory / "report.html").read_text()
+
+
+def test_summary_as_csv(full: Home, capsys: pytest.CaptureFixture) -> None:
+    report.main([])
+    rows = (full.report_dir("main") / "summary.csv").read_text().splitlines()
+    assert rows[0] == "stage,metric,value,low,high" and "base,bits per byte,0.8765,," in rows
+    assert [row for row in rows if row.startswith("mid,facts")] == ["mid,facts,0.6,0.57,0.62"]
+
+
+def write_answers(home: Home, stage: str, task: str, rights: Sequence[bool], text: str = "said") -> None:
+    tasks = {task: accuracy(sum(rights), len(rights))}
+    write_stage(home, f"chat_eval_{stage}", {"tasks": tasks, "chatcore": 0.5})
+    lines = [
+        json.dumps({"index": i, "question": f"q{i}", "reference": "r", "answer": text, "full": text,
+                    "ended": "stop", "right": right})
+        for i, right in enumerate(rights)
+    ]  # fmt: skip
+    path = home.stage_dir("main", f"chat_eval_{stage}") / f"{task}.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def test_answers_of_all_stages_stand_together(full: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the newest stage has wrong comes first; several samples stay apart; the rest is counted."""
+    write_answers(full, "mid", "facts", [False, True, True, True], "<|python_start|>1 + 2<|python_end|>")
+    write_answers(full, "sft", "facts", [True, True, False, True])
+    tasks, left_out = answers.collect(full, "main", read_facts(full, "main"))
+    assert [q["index"] for q in tasks["facts"]] == [2, 0, 1, 3] and left_out == {}
+    assert tasks["facts"][0] == {
+        "index": 2, "question": "q2", "reference": "r",
+        "answers": {"mid": [[True, "[1 + 2] ", "stop"]], "sft": [[False, "said", "stop"]]},
+    }  # fmt: skip
+    monkeypatch.setattr(answers, "MOST", 3)
+    tasks, left_out = answers.collect(full, "main", read_facts(full, "main"))
+    assert len(tasks["facts"]) == 3 and left_out == {"facts": 1}
+    path = full.stage_dir("main", "chat_eval_sft") / "facts.jsonl"
+    path.write_text(path.read_text() + '{"index": 0, "question": "q0", "reference": "r", "answer": "b", '
+                    '"ended": "length", "right": false}\n')  # fmt: skip
+    tasks, _ = answers.collect(full, "main", read_facts(full, "main"))
+    assert len(tasks["facts"][0]["answers"]["sft"]) == 2 and tasks["facts"][0]["index"] == 0
+    path.write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        answers.collect(full, "main", read_facts(full, "main"))
+    path.unlink()
+    tasks, _ = answers.collect(full, "main", read_facts(full, "main"))
+    assert all(list(q["answers"]) == ["mid"] for q in tasks["facts"])
+
+
+def test_the_page_of_answers_holds_data_and_no_markup(full: Home, capsys: pytest.CaptureFixture) -> None:
+    """The report links to it; the data is one element that no answer can end; the script sets text."""
+    evil = "</script><script>alert(1)</script><!--"
+    write_answers(full, "sft", "facts", [False], evil)
+    report.main([])
+    directory = full.report_dir("main")
+    assert 'href="answers.html"' in (directory / "report.html").read_text()
+    text = (directory / "answers.html").read_text()
+    assert text.count("<script") == text.count("</script>") == 2 and "<!--" not in text
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
+    assert json.loads(data)["tasks"]["facts"][0]["answers"]["sft"][0][1] == evil
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", text)
+    assert "default-src 'none'" in text and not re.findall(r'(?:src|href)="', text)
+    parser = Balanced()
+    parser.feed(text)
+    assert not parser.open and not parser.wrong

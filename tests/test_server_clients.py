@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,8 +169,11 @@ def test_schemathesis_finds_no_5xx(caller: Client) -> None:
 
 LM_EVAL = """
 import json, sys
+import lm_eval, lm_eval.evaluator
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
+lm_eval.evaluator.add_env_info = lambda _: None  # it runs pip
 model = LocalCompletionsAPI(
     model="main-sft", base_url=sys.argv[1] + "/v1/completions", tokenizer_backend="remote", max_length=190,
     num_concurrent=1, max_retries=1, tokenized_requests=True,
@@ -180,25 +184,66 @@ def instance(kind, arguments, i):
 pairs = [("o", "k "), ("o", "z")]
 scores = model.loglikelihood([instance("loglikelihood", pair, i) for i, pair in enumerate(pairs)])
 texts = model.generate_until([instance("generate_until", ("o", {"until": ["!"], "max_gen_toks": 20}), 0)])
-print("RESULT" + json.dumps([scores, texts]))
+tasks = TaskManager(include_path=sys.argv[3])
+done = lm_eval.simple_evaluate(model=model, tasks=["own_choice", "own_text"], task_manager=tasks)
+whole = [done["results"]["own_choice"]["acc,none"], done["results"]["own_text"]["exact_match,none"]]
+print("RESULT" + json.dumps([scores, texts, list(map(float, whole))]))
 """
+TASKS = {
+    "own_choice": """
+task: own_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/choice.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: '{{q}}'
+doc_to_choice: '{{c}}'
+doc_to_target: '{{a}}'
+target_delimiter: ''
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+""",
+    "own_text": """
+task: own_text
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/text.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: '{{q}}'
+doc_to_target: '{{a}}'
+target_delimiter: ''
+generation_kwargs: {until: ['!'], max_gen_toks: 20}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+""",
+}
+CHOICES = [
+    {"q": "o", "c": ["k ", "z"], "a": 0},
+    {"q": "xo", "c": ["zz", "k 🙂"], "a": 1},
+    {"q": "k", "c": ["o", " "], "a": 0},
+]
+TEXTS = [{"q": "o", "a": "k 🙂"}, {"q": "xo", "a": "nothing"}]
 
 
 @pytest.mark.slow
-def test_lm_eval_end_to_end(caller: Client) -> None:
-    """lm-eval's own client with the remote tokenizer: log-likelihoods, greedy or not, and generation."""
+def test_lm_eval_end_to_end(caller: Client, tmp_path: Path) -> None:
+    """lm-eval's own client with the remote tokenizer: log-likelihoods, greedy or not, generation; whole tasks
+    of two of its kinds, one of them with an answer that the model gets wrong.
+    """
     found = subprocess.run(
         [sys.executable, "-c", "import lm_eval.models.openai_completions"], capture_output=True
     )
     if found.returncode != 0:
         pytest.skip("not run: lm-eval with its api extra is not installed")
     url = f"http://127.0.0.1:{caller.port}"
-    done = subprocess.run(
-        [sys.executable, "-c", LM_EVAL, url, KEY], capture_output=True, text=True, timeout=280
-    )
+    for name, text in TASKS.items():
+        (tmp_path / f"{name}.yaml").write_text(text.replace("FOLDER", str(tmp_path)))
+    for name, rows in (("choice", CHOICES), ("text", TEXTS)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = [sys.executable, "-c", LM_EVAL, url, KEY, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
-    scores, texts = json.loads(line.removeprefix("RESULT"))
+    scores, texts, whole = json.loads(line.removeprefix("RESULT"))
     assert scores[0][0] == pytest.approx(0, abs=1e-3) and scores[0][1] is True
     assert scores[1][0] < -10 and scores[1][1] is False
     assert texts == ["k 🙂"]
+    assert whole == [pytest.approx(2 / 3), 0.5]

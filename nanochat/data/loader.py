@@ -280,7 +280,7 @@ def validation_batches(
 
 
 class ConversationBatches(Prefetched):
-    """Whole conversations, best fit, that cannot see each other (doc_start); resumable after any batch.
+    """Whole conversations, best fit, resumable after any batch; they cannot see each other (with borders).
 
     num_rows: planned rows of `epochs` (each reshuffled by seed); num_steps = ceil(num_rows / rows_per_step),
     by default one batch of every rank a step. Where the task has `ends` (a curriculum), the conversations
@@ -292,7 +292,7 @@ class ConversationBatches(Prefetched):
     def __init__(
         self, task: Sequence[Any], tok: Any, *, sequence_len: int, device_batch: int, rt: Any, seed: int,
         epochs: float = 1.0, loss_on: str = "assistant", cursor: dict[str, Any] | None = None,
-        rows_per_step: int | None = None, last: str = "wrap",
+        rows_per_step: int | None = None, last: str = "wrap", borders: bool = True,
     ) -> None:  # fmt: skip
         if loss_on not in ("assistant", "all") or last not in ("wrap", "blank") or epochs <= 0:
             raise ValueError(f"loss_on, last or epochs is not as documented: {loss_on!r}, {last!r}, {epochs}")
@@ -313,12 +313,13 @@ class ConversationBatches(Prefetched):
         endless = itertools.chain.from_iterable(map(store.plan, itertools.count()))
         rows = itertools.islice(endless, first, self.num_rows if last == "blank" else None)
         accum = per_step // (device_batch * rt.world_size)
-        super().__init__(_lay_out(store, rows, first, end, device_batch, rt), rt.device, accum)
+        super().__init__(_lay_out(store, rows, first, end, device_batch, rt, borders), rt.device, accum)
 
 
 def _lay_out(
-    store: _Conversations, rows: Iterator[list[int]], first: int, end: int, num_rows: int, rt: Any
-) -> Batches:
+    store: _Conversations, rows: Iterator[list[int]], first: int, end: int, num_rows: int, rt: Any,
+    borders: bool,
+) -> Batches:  # fmt: skip
     per_batch = num_rows * rt.world_size
     for at in range(first, end, per_batch):
         inputs = np.full((num_rows, store.row_tokens), store.bos, dtype=np.int32)
@@ -334,7 +335,8 @@ def _lay_out(
                 starts[b, t:stop] = t
                 t = stop
             starts[b, t:] = t
-        batch = Batch(_tensor(inputs, rt), _tensor(targets, rt), None, _tensor(starts, rt, torch.int32))
+        doc_start = _tensor(starts, rt, torch.int32) if borders else None
+        batch = Batch(_tensor(inputs, rt), _tensor(targets, rt), None, doc_start)
         batch.resume = partial(dict, conversations=store.fingerprint, row=at + per_batch)
         batch.num_targets = int((targets != IGNORED).sum())
         yield batch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -11,6 +13,7 @@ from nanochat import errors
 from nanochat.engine.session import Session
 from nanochat.engine.text import for_terminal
 
+LONGEST_WORD = 40  # characters; a longer one is cut rather than kept back
 Say = Callable[[str, bool], None]  # (text, is_aside): asides are not the model's words
 
 
@@ -45,9 +48,11 @@ def answer(session: Session, pieces: Iterator[tuple[str, str]], say: Say, errors
     if session.num_left_out:
         say(f"(the oldest {session.num_left_out} messages do not fit any more and are left out)\n", True)
     try:
-        with closing(pieces):  # type: ignore[type-var]
+        with keys_unseen(), closing(pieces):  # type: ignore[type-var]
             for text, is_tool in for_terminal(pieces):
                 say(text, is_tool)
+        if not errors_end and session.last is not None and session.last.finish_reason == "length":
+            say(f" ({why_cut(session)})", True)
         say("\n", False)
     except KeyboardInterrupt:
         say(" (stopped)\n", True)
@@ -55,16 +60,106 @@ def answer(session: Session, pieces: Iterator[tuple[str, str]], say: Say, errors
             raise
 
 
+def why_cut(session: Session) -> str:
+    """Why the last answer has no end."""
+    assert session.last is not None
+    count = len(session.last.output)
+    if len(session.last.prompt) + count < session.engine.context:
+        return f"cut after {count} tokens, see --max-tokens"
+    return "cut: the model's context is full; the oldest turns will make room, /clear begins anew"
+
+
+@contextlib.contextmanager
+def keys_unseen() -> Iterator[None]:
+    """What is typed meanwhile is not shown in the middle of an answer; it is there for the next prompt."""
+    try:
+        import termios
+    except ImportError:  # not on Windows
+        yield
+        return
+    try:
+        place = sys.stdin.fileno()
+        before = termios.tcgetattr(place)
+    except (OSError, ValueError, termios.error):  # no terminal
+        yield
+        return
+    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    try:
+        termios.tcsetattr(place, termios.TCSANOW, silent)
+        yield
+    finally:
+        termios.tcsetattr(place, termios.TCSANOW, before)
+
+
+class Wrapper:
+    """Breaks lines between words, for text that comes in pieces: a word waits until it is whole.
+
+    Wide characters (of Chinese, say) are words of their own. Code, between fences or indented, stays as it
+    is. width() is the number of columns now.
+    """
+
+    def __init__(self, width: Callable[[], int]) -> None:
+        self._width, self._word, self._line, self._column = width, "", "", 0
+        self._is_code = False
+
+    def push(self, text: str) -> str:
+        """What can be shown now."""
+        return "".join(map(self._take, text))
+
+    def flush(self) -> str:
+        """The word that may not be whole, with the break before it where it needs one."""
+        word, self._word = self._word, ""
+        is_code = self._is_code or self._line.startswith("    ")
+        is_broken = not is_code and self._column > 0 and self._column + cells(word) > self._width()
+        self._line += word
+        self._column = cells(word) + (0 if is_broken else self._column)
+        return ("\n" if is_broken else "") + word
+
+    def _take(self, char: str) -> str:
+        if char == "\n":
+            shown = self.flush()
+            self._is_code ^= self._line.lstrip().startswith("```")
+            self._line, self._column = "", 0
+            return shown + "\n"
+        is_wide = cells(char) > 1
+        shown = self.flush() if char == " " or is_wide or len(self._word) >= LONGEST_WORD else ""
+        if char == " ":
+            self._line, self._column = self._line + " ", self._column + 1
+            return shown + " "
+        self._word += char
+        return shown + (self.flush() if is_wide else "")
+
+
+def cells(text: str) -> int:
+    """Columns that a text takes."""
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
 def speaker() -> Say:
-    """Writes to the terminal, asides dim; plainly where the output is none."""
+    """Writes to the terminal, asides dim, lines broken between words; plainly where the output is none."""
     from rich.console import Console
     from rich.text import Text
 
     console = Console(highlight=False, soft_wrap=True)
+    wrapper = Wrapper(lambda: console.width) if console.is_terminal else None
+    was_aside = False
+
+    def show(text: str, is_aside: bool) -> None:
+        if text:
+            console.print(Text(text, "dim" if is_aside else ""), end="")
+            console.file.flush()
 
     def say(text: str, is_aside: bool) -> None:
-        console.print(Text(text, "dim" if is_aside else ""), end="")
-        console.file.flush()
+        nonlocal was_aside
+        if wrapper is None:
+            show(text, is_aside)
+            return
+        if is_aside != was_aside:  # the style of a word must not come from what follows it
+            show(wrapper.flush(), was_aside)
+            was_aside = is_aside
+        show(wrapper.push(text), is_aside)
 
     return say
 

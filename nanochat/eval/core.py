@@ -1,13 +1,14 @@
 """CORE: 22 in-context tasks of a base model; the mean of accuracies centred on chance (DCLM, 2406.11794).
 
 Three types. Multiple choice: one context, several endings. Schema: several contexts, one ending. Language
-modelling: the ending must be what the model would say. Rules: training.md section 5, "CORE". Left out: shared
-prompt prefixes are computed once per ending; references of other models.
+modelling: the ending must be what the model would say. What the candidates of an example share is computed
+once (nanochat.eval.branches).
 """
 
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import json
 import random
@@ -16,13 +17,14 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from nanochat.data.fetch import hash_file
 from nanochat.data.hub import plain_file
 from nanochat.errors import UserError
-from nanochat.eval.rows import batch_tokens_for, score_endings
+from nanochat.eval.branches import common_length, score_examples
+from nanochat.eval.rows import Row, batch_tokens_for
 from nanochat.paths import Home, read_json, write_json
 from nanochat.runtime import Runtime
 
@@ -31,7 +33,6 @@ CHUNK_EXAMPLES = 256  # whose token rows are held at once
 KINDS = ("multiple_choice", "schema", "language_modeling")
 
 Record = dict[str, Any]
-Row = tuple[list[int], int]  # ids, and where the scored ending starts
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,28 @@ def load_tasks(bundle: Path) -> tuple[list[CoreTask], list[str]]:
     return here, [task.name for task in tasks if task not in here]
 
 
+def find_tasks(
+    home: Home, rt: Runtime, *, max_per_task: int | None = None, mirror: str | None = None,
+    offline: bool = False,
+) -> tuple[list[CoreTask], list[str], str | None]:  # fmt: skip
+    """(the tasks, names of those without data, a note for people); if there is no task, it says why."""
+    if max_per_task == 0:
+        return [], [], "--max-per-task is 0"
+    note: str | None = None
+    if rt.is_main:
+        try:
+            find_bundle(home, mirror=mirror, offline=offline)
+        except UserError as error:
+            note = f"{error.problem} ({error.hint})"
+    note = rt.gather(note)[0]
+    if note is not None:
+        return [], [], note
+    tasks, missing = load_tasks(home.eval_bundle_dir)
+    capped = [] if max_per_task is None else [f"at most {max_per_task} examples per task"]
+    lacking = [f"without {', '.join(missing)}, whose data is missing"] if missing else []
+    return tasks, missing, "; ".join(capped + lacking) or None
+
+
 def references(bundle: Path) -> dict[str, dict[str, float]]:
     """Centred accuracies of the models whose results the bundle brings: {model: {task: value}}."""
     found: dict[str, dict[str, float]] = {}
@@ -105,8 +128,8 @@ def references(bundle: Path) -> dict[str, dict[str, float]]:
 
 
 def fingerprint(tasks: Sequence[CoreTask]) -> str:
-    """A short hash of the tasks and the sizes of their files."""
-    facts = [[t.name, t.kind, t.num_shots, t.delimiter, t.chance, t.file.stat().st_size] for t in tasks]
+    """A short hash of the tasks and their files."""
+    facts = [[t.name, t.kind, t.num_shots, t.delimiter, t.chance, hash_file(t.file)] for t in tasks]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
@@ -177,11 +200,6 @@ def prompts(task: CoreTask, records: Sequence[Record], index: int) -> list[str]:
     return [context + ending for context, ending in candidates]
 
 
-def common_length(rows: Sequence[Sequence[int]]) -> int:
-    """How many leading tokens all rows share."""
-    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*rows)))
-
-
 def scored_rows(task: CoreTask, encoded: list[list[int]]) -> list[Row]:
     """From the token rows of `prompts` to the rows that are scored, and where their endings start.
 
@@ -219,19 +237,36 @@ def evaluate_task(
     tok: Any,
     rt: Runtime,
     batch_tokens: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, Any]:
-    """The facts of one task. num_long counts the examples that are longer than T; they are not cut."""
+    """The facts of one task. num_long counts the examples that are longer than T; they are not cut.
+
+    A model with `max_positions` cannot go on behind them: of its rows the last max_positions tokens are kept.
+    progress(examples done, of) is called after each forward pass, on every rank for its share.
+    """
     begun, counts, bos = time.perf_counter(), [0, 0, 0], tok.get_bos_token_id()
-    for indices in _chunks(range(rt.rank, len(records), rt.world_size)):
+    limit, mine, rows_done = (
+        getattr(model, "max_positions", None),
+        range(rt.rank, len(records), rt.world_size),
+        0,
+    )
+
+    def advance(rows: int) -> None:
+        nonlocal rows_done
+        rows_done += rows
+        progress(counts[2] + rows_done * len(examples) // num_rows, len(mine))
+
+    for indices in _chunks(mine):
         texts = [prompts(task, records, i) for i in indices]
         flat = iter(tok.encode([text for each in texts for text in each], prepend=bos))
         examples = [scored_rows(task, [next(flat) for _ in each]) for each in texts]
-        rows = [row for example in examples for row in example]
-        scores = iter(score_endings(model, rows, batch_tokens or batch_tokens_for(rt.device)))
-        for i, example in zip(indices, examples, strict=True):
-            counts[0] += is_right(task, records[i], [next(scores) for _ in example])
-            counts[1] += max(len(ids) for ids, _ in example) > model.config.sequence_len
-            counts[2] += 1
+        num_rows, rows_done = sum(map(len, examples)), 0
+        counts[1] += sum(max(len(ids) for ids, _ in rows) > model.config.sequence_len for rows in examples)
+        if limit is not None:
+            examples = [[_cut(row, limit) for row in rows] for rows in examples]
+        scores = score_examples(model, examples, batch_tokens or batch_tokens_for(rt.device), advance)
+        counts[0] += sum(is_right(task, records[i], found) for i, found in zip(indices, scores, strict=True))
+        counts[2] += len(examples)
     right, num_long, total = (sum(column) for column in zip(*rt.gather(counts)))
     accuracy = right / total if total else 0.0
     return {
@@ -244,6 +279,13 @@ def evaluate_task(
     }
 
 
+def _cut(row: Row, limit: int) -> Row:
+    """The last `limit` tokens; of an ending that fills them, what follows the first of them is scored."""
+    ids, start = row
+    dropped = max(0, len(ids) - limit)
+    return ids[dropped:], max(1, start - dropped)
+
+
 def _chunks(indices: range) -> Iterator[range]:
     return (indices[i : i + CHUNK_EXAMPLES] for i in range(0, len(indices), CHUNK_EXAMPLES))
 
@@ -251,8 +293,10 @@ def _chunks(indices: range) -> Iterator[range]:
 def evaluate_core(
     tasks: Sequence[CoreTask], model: Any, tok: Any, rt: Runtime, *, max_per_task: int | None = None,
     say: Callable[[str], None] = lambda line: None, cache: Path | None = None,
+    progress: Callable[[str, int, int], None] = lambda name, done, of: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """{"core": mean of the centred accuracies, "tasks": {name: facts}}. `say` gets a line per task.
+    """{"core": mean of the centred accuracies, "tasks": {name: facts}}. `say` gets a line per task,
+    `progress` (task, examples done, of) after each forward pass.
 
     cache: a file of this model's results (see cache_file): what stands in it is not computed again, and a
     task that is done is written at once, so that a long evaluation can be stopped and continued.
@@ -265,7 +309,10 @@ def evaluate_core(
             facts[task.name] = known[key]
             say(f"core {task.name}: accuracy {known[key]['accuracy']:.4f}, known from an earlier evaluation")
             continue
-        found = facts[task.name] = evaluate_task(task, read_records(task, max_per_task), model, tok, rt)
+        records = read_records(task, max_per_task)
+        found = facts[task.name] = evaluate_task(
+            task, records, model, tok, rt, progress=functools.partial(progress, task.name)
+        )
         known[key] = found
         if cache and rt.is_main:
             write_json(cache, known)

@@ -15,6 +15,9 @@ from nanochat.flash_attention import flash_attn
 
 CHUNK_LOGITS = 1 << 24  # logits held at once: 64 MB in fp32
 
+Row = tuple[list[int], int]  # ids, and where the scored ending starts
+Score = tuple[float, bool]  # mean nll in nats, whether every token is the argmax
+
 
 def batch_tokens_for(device: torch.device) -> int:
     """Tokens of one forward pass, padding counted: enough to fill the device."""
@@ -49,16 +52,14 @@ def hidden_states(model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def score_endings(
-    model: Any, rows: Sequence[tuple[list[int], int]], batch_tokens: int
-) -> list[tuple[float, bool]]:
+def score_endings(model: Any, rows: Sequence[Row], batch_tokens: int) -> list[Score]:
     """For each (ids, start): the mean nll in nats of ids[start:], and whether each of them is the argmax.
 
     `start` must lie in 1 .. len(ids) - 1: something is predicted, from something.
     """
     if not all(0 < start < len(ids) for ids, start in rows):
         raise ValueError("an ending must have a token before it and hold at least one")
-    scores: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
+    scores: list[Score] = [(0.0, False)] * len(rows)
     for chosen, ids_BT in padded_batches([ids for ids, _ in rows], batch_tokens):
         ids_BT = ids_BT.to(model.get_device())
         hidden_BTD = hidden_states(model, ids_BT)
@@ -67,18 +68,23 @@ def score_endings(
         t_N = torch.tensor(
             [t for i in chosen for t in range(rows[i][1], len(rows[i][0]))], device=ids_BT.device
         )
-        hidden_ND, targets_N = hidden_BTD[b_N, t_N - 1], ids_BT[b_N, t_N]
-        parts = []
-        for h_ND, y_N in zip(
-            *(x.split(max(1, CHUNK_LOGITS // model.config.vocab_size)) for x in (hidden_ND, targets_N))
-        ):
-            logits_NV = model.logits(h_ND)
-            nll_N = F.cross_entropy(logits_NV, y_N, reduction="none")
-            parts.append(torch.stack((nll_N, (logits_NV.argmax(-1) == y_N).to(nll_N.dtype))))
-        endings = torch.cat(parts, dim=1).cpu().split(sizes, dim=1)
-        for i, part_2N in zip(chosen, endings, strict=True):
-            scores[i] = (float(part_2N[0].double().mean()), bool(part_2N[1].all()))
+        found = ending_scores(model, hidden_BTD[b_N, t_N - 1], ids_BT[b_N, t_N], sizes)
+        for i, score in zip(chosen, found, strict=True):
+            scores[i] = score
     return scores
+
+
+def ending_scores(
+    model: Any, hidden_ND: torch.Tensor, targets_N: torch.Tensor, sizes: Sequence[int]
+) -> list[Score]:
+    """The scores of endings of `sizes` tokens that lie behind one another in hidden states and targets."""
+    rows, parts = max(1, CHUNK_LOGITS // model.config.vocab_size), []
+    for h_ND, y_N in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True):
+        logits_NV = model.logits(h_ND)
+        nll_N = F.cross_entropy(logits_NV, y_N, reduction="none")
+        parts.append(torch.stack((nll_N, (logits_NV.argmax(-1) == y_N).to(nll_N.dtype))))
+    endings = torch.cat(parts, dim=1).cpu().split(list(sizes), dim=1)
+    return [(float(part_2N[0].double().mean()), bool(part_2N[1].all())) for part_2N in endings]
 
 
 @torch.no_grad()

@@ -118,7 +118,7 @@ def bar_chart(
     room = (width - LEFT - RIGHT) / len(names)
     at_y = lambda v: HEIGHT - BOTTOM - (v - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)  # noqa: E731
     parts = [_grid(at_y, ticks(y0, y1), width)]
-    each = room * 0.8 / len(series)
+    each, is_tilted = room * 0.8 / len(series), not all(_fits(name, room) for name in names)
     for i, name in enumerate(names):
         left = LEFT + i * room + room * 0.1
         for k, bars in enumerate(series):
@@ -141,17 +141,17 @@ def bar_chart(
         if mark:
             path = f"M{left:.1f} {at_y(mark):.1f}h{room * 0.8:.1f}"
             parts.append(f'<path class="mark" d="{path}"><title>chance</title></path>')
-        parts.append(_name(LEFT + (i + 0.5) * room, name, room))
-    tilted = 0 if all(_fits(name, room) for name in names) else TILTED
-    return _frame(title, parts, [(b.label, b.colour) for b in series], "", y, width, tilted, wide)
+        parts.append(_name(LEFT + (i + 0.5) * room, name, is_tilted))
+    keys = [(b.label, b.colour) for b in series]
+    return _frame(title, parts, keys, "", y, width, TILTED if is_tilted else 0, wide)
 
 
 def _fits(name: str, room: float) -> bool:
     return len(name) * 6.2 <= room
 
 
-def _name(x: float, name: str, room: float) -> str:
-    if _fits(name, room):
+def _name(x: float, name: str, is_tilted: bool) -> str:
+    if not is_tilted:
         return _text(x, HEIGHT - BOTTOM + 15, name, "middle")
     short = name if len(name) <= 20 else name[:19] + "…"
     return (
@@ -190,9 +190,11 @@ def _frame(
     if x:
         place = f'x="{width - RIGHT:.0f}" y="{HEIGHT - 6}"'
         axis += f'<text {place} text-anchor="end" class="small">{escape(x)}</text>'
+    left = TILTED if more else 0  # a tilted name begins left of its bar
     return (
         f'<figure{" class=wide" if wide else ""}><figcaption>{escape(title)}</figcaption><div class="scroll">'
-        f'<svg viewBox="0 0 {width:.0f} {HEIGHT + more}" style="min-width:{min(width, 760):.0f}px" '
+        f'<svg viewBox="{-left} 0 {width + left:.0f} {HEIGHT + more}" '
+        f'style="min-width:{760 if width > WIDTH else 280}px" '
         f'role="img" aria-label="{escape(title)}">{"".join(parts)}{axis}</svg></div>'
         f'<div class="keys">{keys}</div></figure>'
     )

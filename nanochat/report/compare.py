@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import Any
 
 from nanochat.report import html, page
@@ -33,17 +34,27 @@ def values(facts: Facts) -> dict[tuple[str, str], tuple[float, str]]:
     return {key: value for key, value in found.items() if value[0] is not None}
 
 
+def summary_csv(facts: Facts) -> str:
+    """Every value of a run as csv: stage, metric, value, ends of the 95 % interval where there is one."""
+    lines = ["stage,metric,value,low,high"]
+    for (stage, metric), (value, _) in values(facts).items():
+        chat = facts.get(f"chat_eval_{stage}")
+        found = ((chat.get("tasks") or {}) if chat else {}).get(metric, {})
+        lines.append(f"{stage},{metric},{value},{found.get('low', '')},{found.get('high', '')}")
+    return "\n".join(lines) + "\n"
+
+
 def difference_table(a: Facts, b: Facts, names: tuple[str, str]) -> Table:
     one, two = values(a), values(b)
-    rows = [["stage", "metric", *names, "difference"]]
+    rows = [["stage", "metric", *names, "change"]]
     write = {"number": page.number, "percent": page.percent, "count": page.count}
     for key in [*one, *(key for key in two if key not in one)]:
         kind = (one.get(key) or two[key])[1]
         x, y = (found[key][0] if key in found else None for found in (one, two))
         change = DASH
         if x is not None and y is not None:
-            sign = "+" if y >= x else "-"
-            change = f"{sign}{write[kind](abs(y - x))}"
+            size = write[kind](abs(y - x)).replace(" %", " pts")
+            change = "=" if x == y else f"{'+' if y > x else '-'}{size}"
         rows.append([*key, write[kind](x), write[kind](y), change])
     return rows
 
@@ -71,18 +82,23 @@ def compare(a: Facts, b: Facts, names: tuple[str, str]) -> tuple[str, str]:
         ("Chat tasks", html.group(_bars(a, b, names))),
         ("Settings that differ", html.table(settings) or html.note("None.")),
     ]
-    sub = " · ".join(html.subtitle(facts) for facts in (a, b))
+    subs = [html.subtitle(facts) for facts in (a, b)]
+    sub = (
+        subs[0]
+        if subs[0] == subs[1]
+        else "<br>".join(f"{escape(name)}: {text}" for name, text in zip(names, subs, strict=True))
+    )
     return text, html.document(title, sub, "", [(t, body) for t, body in sections if body])
 
 
 def _curves(a: Facts, b: Facts, names: tuple[str, str]) -> list[str]:
     found = []
     for stage in TRAINED:
-        for key, unit in (
-            ("loss", "nats"),
-            ("val_bpb", "bits per byte"),
-            ("val_loss", "nats"),
-            ("reward", "mean"),
+        for key, title, unit in (
+            ("loss", "training loss", "nats, smoothed"),
+            ("val_bpb", "validation", "bits per byte"),
+            ("val_loss", "validation loss", "nats"),
+            ("reward", "reward", "mean, smoothed"),
         ):
             if key == "loss" and stage == "rl":
                 continue
@@ -92,7 +108,7 @@ def _curves(a: Facts, b: Facts, names: tuple[str, str]) -> list[str]:
                     steps, ys = facts[stage].series(key)
                     is_check = key.startswith("val")
                     lines.append(Line(name, steps, ys if is_check else smooth(ys), colour, dots=is_check))
-            found.append(line_chart(f"{stage}: {key}", lines, "step", unit))
+            found.append(line_chart(f"{stage}: {title}", lines, "step", unit))
     return found
 
 

@@ -20,9 +20,10 @@ MARKS = {
     chat.OUTPUT_START: "[", chat.OUTPUT_END: "] ",
 }  # fmt: skip
 GREY, OTHER = "#8a8f98", "#937ac2"
+GREYS = ("#c9cdd4", "#aab0b9", "#8a909b", "#6b727d")
 STYLE = """
 :root{color-scheme:light dark;--ink:#1c1f24;--soft:#5d6570;--line:#dfe3e8;--paper:#fff;--card:#f6f7f9;
-  --accent:#3867b8}
+  --accent:#3867b8;--under:var(--paper)}
 @media(prefers-color-scheme:dark){:root{--ink:#e6e8eb;--soft:#9aa3ae;--line:#343a42;--paper:#15181c;
   --card:#1e2227;--accent:#82aaf0}}
 *{box-sizing:border-box}
@@ -32,19 +33,28 @@ h1{margin:0;font-size:1.7rem}
 h2{margin:2.4rem 0 .8rem;font-size:1.2rem;border-bottom:1px solid var(--line);padding-bottom:.3rem}
 h3{margin:1.2rem 0 .4rem;font-size:1rem}
 .sub,figcaption,.note{color:var(--soft)}
-nav a{color:var(--accent);margin-right:1rem;text-decoration:none}
+a{color:var(--accent)}
+nav a{display:inline-block;margin-right:1rem;text-decoration:none;white-space:nowrap}
+nav a:hover{text-decoration:underline}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:.8rem;margin:1.4rem 0}
 .card{background:var(--card);border-radius:10px;padding:.8rem 1rem}
 .card b{display:block;font-size:1.45rem;font-variant-numeric:tabular-nums}
 .card span{color:var(--soft);font-size:.85rem}
-.scroll{overflow-x:auto}
+.scroll{overflow-x:auto;background:linear-gradient(90deg,var(--under) 40%,transparent) 0/2rem 100% local,
+  linear-gradient(270deg,var(--under) 40%,transparent) 100%/2rem 100% local,
+  linear-gradient(90deg,var(--line),transparent) 0/.7rem 100%,
+  linear-gradient(270deg,var(--line),transparent) 100%/.7rem 100%;background-repeat:no-repeat}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}
 th,td{padding:.3rem .7rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}
+th:first-child,td:first-child,.t{text-align:left}
 th{color:var(--soft);font-weight:600}
 tr:hover td{background:var(--card)}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:1rem}
-figure{margin:0;background:var(--card);border-radius:10px;padding:.8rem;min-width:0}
+.pairs{width:auto;min-width:min(100%,28rem)}
+.pairs td{text-align:left;white-space:normal;overflow-wrap:anywhere}
+.pairs td:first-child{color:var(--soft);white-space:nowrap}
+figure{--under:var(--card);margin:0;background:var(--card);border-radius:10px;padding:.8rem;min-width:0}
+.charts+.scroll{margin-top:.8rem}
 figure.wide{grid-column:1/-1}
 figcaption{font-weight:600}
 svg{width:100%;height:auto;display:block;overflow:visible}
@@ -63,29 +73,44 @@ pre{background:var(--card);border-radius:8px;padding:.7rem 1rem;white-space:pre-
 .talk.wrong{border-color:#c8553d}
 .talk p{margin:.15rem 0;white-space:pre-wrap;overflow-wrap:anywhere}
 .talk p:first-child{color:var(--soft)}
+.talk.text p:first-child b{font-weight:400;color:var(--ink)}
+@media(prefers-color-scheme:dark){svg .line,svg rect,svg circle,.keys i{filter:brightness(1.12)}}
+@media(max-width:560px){body{padding:1.2rem .8rem 3rem}
+  th,td{padding:.3rem .35rem;font-size:.85rem}
+  th:first-child,td:first-child{white-space:normal;padding-left:0}
+  .pairs td:first-child{white-space:normal}
+  svg text{font-size:14px}svg .small{font-size:13px}figure{padding:.6rem}
+  .cards{grid-template-columns:repeat(2,1fr)}}
+@media print{nav,.keys i{print-color-adjust:exact}figure,.talk{break-inside:avoid}}
 summary{cursor:pointer;color:var(--accent);margin:.4rem 0}
 """
 
 
-def html(facts: Facts, tag: str) -> str:
-    """The whole report of one run as HTML."""
+def html(facts: Facts, tag: str, price: float | None = None, all_answers: str | None = None) -> str:
+    """The whole report of one run as HTML.
+
+    price: dollars per device and hour; all_answers: a page to link to.
+    """
     sections = [
         ("Summary", table(page.summary(facts)) + '<p class="note">–: not measured. Intervals are below.</p>'),
         ("Learning", group([*curves(facts)])),
         ("Reinforcement", group(reward_curves(facts))),
         ("Chat tasks", group([accuracies(facts)]) + fold("all figures", table(page.chat_tasks(facts)))),
         ("CORE", group([core_bars(facts)]) + fold("all figures", table(page.core_tasks(facts)))
-         + note(facts["base_eval"].get("core_note"))),
+         + note(core_note(facts))),
         ("Tokenizer", group([tokenizer_bars(facts)]) + table(_tokenizer(facts))),
-        ("Answers", answers(facts)),
+        ("Answers", _link(all_answers) + answers(facts)),
         ("Samples of the base model", samples(facts)),
-        ("Time and cost", table(page.stages(facts))
-         + note("Training stages: without start, evaluation and saving.")),
+        ("Time" if price is None else "Time and cost", table(page.stages(facts, price))
+         + note("Training stages: without start, evaluation and saving."
+                + ("" if price is None else f" At ${price:g} per device and hour."))),
         ("Plan", table(page._pairs(facts["base"].get("plan") or {}))),
         ("Environment", "".join(map(table, _machines(facts)))),
         ("Settings", "".join(fold(n, _settings(stage)) for n, stage in facts.items() if stage.settings)),
     ]  # fmt: skip
-    return document(f"The run {tag}", subtitle(facts), cards(facts), [(t, b) for t, b in sections if b])
+    return document(
+        f"The run {tag}", subtitle(facts), cards(facts, price), [(t, b) for t, b in sections if b]
+    )
 
 
 def document(title: str, sub: str, top: str, sections: Sequence[tuple[str, str]]) -> str:
@@ -104,10 +129,15 @@ def document(title: str, sub: str, top: str, sections: Sequence[tuple[str, str]]
 def table(rows: Table) -> str:
     if not rows:
         return ""
-    cell = lambda kind, row: "".join(f"<{kind}>{escape(c)}</{kind}>" for c in row)  # noqa: E731
+    is_text = [not any(c.isdigit() for row in rows[1:] for c in row[k]) for k in range(len(rows[0]))]
+    marks = [" class=t" if k and text else "" for k, text in enumerate(is_text)]
+    cell = lambda kind, row: "".join(  # noqa: E731
+        f"<{kind}{mark}>{escape(c)}</{kind}>" for mark, c in zip(marks, row, strict=True)
+    )
     body = "".join(f"<tr>{cell('td', row)}</tr>" for row in rows[1:])
     head = f"<thead><tr>{cell('th', rows[0])}</tr></thead>" if any(rows[0]) else ""
-    return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
+    kind = "" if head else " class=pairs"
+    return f'<div class="scroll"><table{kind}>{head}<tbody>{body}</tbody></table></div>'
 
 
 def fold(title: str, content: str) -> str:
@@ -134,7 +164,7 @@ def subtitle(facts: Facts) -> str:
     return escape(" · ".join(filter(None, parts)))
 
 
-def cards(facts: Facts) -> str:
+def cards(facts: Facts, price: float | None = None) -> str:
     measured = [facts[f"chat_eval_{s}"] for s in TRAINED if f"chat_eval_{s}" in facts]
     chat = [s.get("chatcore") for s in measured if s.get("chatcore") is not None]
     seconds = [s.seconds for s in facts.values() if s.seconds is not None]
@@ -147,7 +177,7 @@ def cards(facts: Facts) -> str:
         ("time", clock(sum(seconds)) if seconds else None),
         ("tokens learned from", page.count(sum(tokens)) if tokens else None),
         ("parameters", page.count(p) if (p := (base.get("plan") or {}).get("params_total")) else None),
-        ("cost", f"${c:.2f}" if (c := (base.get("plan") or {}).get("price_dollars")) else None),
+        ("cost", page.dollars(page.cost(facts, sum(seconds), price)) if price is not None else None),
     ]
     made = "".join(
         f'<div class="card"><b>{escape(v)}</b><span>{escape(k)}</span></div>' for k, v in values if v
@@ -168,11 +198,17 @@ def curves(facts: Facts) -> list[str]:
         ], "step", "nats per token"))  # fmt: skip
     bits = Line("validation", *facts["base"].series("val_bpb"), COLOURS["base"], dots=True)
     found.append(line_chart("base: bits per byte", [bits], "step", "bits per byte"))
-    for key, title in (("lr_factor", "learning rate"), ("tokens_per_second", "tokens per second")):
-        lines = [Line(name, *share(facts[name], key), COLOURS[name]) for name in TRAINED if name in facts]
-        found.append(
-            line_chart(title, lines, "share of the stage", "factor" if key == "lr_factor" else "", True)
-        )
+    for key, title, unit in (
+        ("lr_factor", "learning rate", "factor"),
+        ("tokens_per_second", "tokens per second", "smoothed"),
+        ("peak_frac", "use of the hardware", "share of its peak, smoothed"),
+    ):
+        shares = {name: share(facts[name], key) for name in TRAINED if name in facts}
+        lines = [
+            Line(name, xs, ys if key == "lr_factor" else smooth(ys), COLOURS[name])
+            for name, (xs, ys) in shares.items()
+        ]
+        found.append(line_chart(title, lines, "share of the stage", unit, True))
     return found
 
 
@@ -211,7 +247,12 @@ def reward_curves(facts: Facts) -> list[str]:
 
 def accuracies(facts: Facts) -> str:
     found = {s: facts[f"chat_eval_{s}"].get("tasks") or {} for s in TRAINED if f"chat_eval_{s}" in facts}
-    names = list(dict.fromkeys(name for tasks in found.values() for name in tasks))
+    for stage, tasks in found.items():
+        mean = facts[f"chat_eval_{stage}"].get("chatcore")
+        if mean is not None and len(tasks) > 1:
+            found[stage] = tasks | {"ChatCORE": {"accuracy": mean, "low": mean, "high": mean, "chance": 0}}
+    names = list(dict.fromkeys(name for tasks in found.values() for name in tasks if name != "ChatCORE"))
+    names += ["ChatCORE"] if any("ChatCORE" in tasks for tasks in found.values()) else []
     series = [
         Bars(
             stage, [100 * tasks[n]["accuracy"] if n in tasks else None for n in names], COLOURS[stage],
@@ -229,12 +270,32 @@ def core_bars(facts: Facts) -> str:
     tasks = facts["base_eval"].get("core_tasks") or {}
     names = list(tasks)
     series = [Bars("this model", [tasks[n]["centred"] for n in names], COLOURS["base"])]
-    known = facts["base_eval"].get("core_references") or {}
-    for (model, values), colour in zip(
-        known.items(), (GREY, COLOURS["mid"], OTHER, COLOURS["sft"]), strict=False
-    ):
+    for (model, values), colour in zip(known_models(facts).items(), GREYS, strict=False):
         series.append(Bars(model, [values.get(n) for n in names], colour))
     return bar_chart("centred accuracy (0 is chance, 1 is perfect)", names, series, "centred", wide=True)
+
+
+def known_models(facts: Facts) -> dict[str, dict[str, float]]:
+    """Centred accuracies of the models in the bundle, the weakest on the measured tasks first."""
+    found = facts["base_eval"].get("core_references") or {}
+    tasks = facts["base_eval"].get("core_tasks") or {}
+    return dict(sorted(found.items(), key=lambda item: sum(item[1].get(name, 0) for name in tasks)))
+
+
+def core_note(facts: Facts) -> str:
+    """What was measured, and the means of the bundle's models over the same tasks."""
+    said = facts["base_eval"].get("core_note") or ""
+    if facts["base_eval"].get("core") is None:
+        return f"Not measured: {said}." if said else ""
+    tasks, parts = facts["base_eval"].get("core_tasks") or {}, [said] if said else []
+    means = [
+        f"{model} {page.number(sum(values[name] for name in tasks) / len(tasks))}"
+        for model, values in known_models(facts).items()
+        if tasks.keys() <= values.keys()
+    ]
+    parts += [f"over the same tasks: {', '.join(means)}"] if means else []
+    text = "; ".join(parts)
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
 def tokenizer_bars(facts: Facts) -> str:
@@ -253,7 +314,7 @@ def tokenizer_bars(facts: Facts) -> str:
 
 def _tokenizer(facts: Facts) -> Table:
     both = {k: v for name in ("tok_train", "tok_eval") for k, v in (facts[name].result or {}).items()}
-    return page._pairs({k: v for k, v in both.items() if k != "machine"})
+    return page._pairs({k: v for k, v in both.items() if k not in ("machine", "tokenizer")})
 
 
 def answers(facts: Facts) -> str:
@@ -284,9 +345,17 @@ def without_marks(text: str) -> str:
     return text
 
 
+def _link(address: str | None) -> str:
+    if address is None:
+        return ""
+    return f'<p><a href="{escape(address)}">All answers of all stages</a>, wrong ones first, by task.</p>'
+
+
 def samples(facts: Facts) -> str:
     found = facts["base_eval"].get("samples") or []
-    return "".join(f'<div class="talk"><p>{escape(p)}</p><p>{escape(text)}</p></div>' for p, text in found)
+    return "".join(
+        f'<div class="talk text"><p>{escape(p)}<b>{escape(text)}</b></p></div>' for p, text in found
+    )
 
 
 def _machines(facts: Facts) -> list[Table]:

@@ -32,17 +32,26 @@ def summary(facts: Facts) -> Table:
     return rows + [["ChatCORE", *map(number, means)]]
 
 
-def stages(facts: Facts) -> Table:
-    """Status, time and speed of every stage."""
+def cost(facts: Facts, seconds: float | None, price: float | None) -> float | None:
+    """Dollars of so many seconds of all devices of the run; None where price or seconds are not known."""
+    devices = (facts["base"].get("plan") or {}).get("world_size", 1)
+    return None if price is None or seconds is None else seconds / 3600 * devices * price
+
+
+def stages(facts: Facts, price: float | None = None) -> Table:
+    """Status, time and speed of every stage, and with dollars per device and hour what it cost."""
     rows = [["stage", "status", "time", "steps", "tokens", "tokens/s", "of the peak", "memory"]]
+    rows[0] += [] if price is None else ["cost"]
     for name, stage in facts.items():
         peak, memory = stage.get("peak_frac"), stage.get("peak_memory_bytes")
         time = DASH if stage.seconds is None else clock(stage.seconds)
         size = DASH if memory is None else f"{memory / 1e9:.2f} GB"
         counts = [count(stage.get(key)) for key in ("steps", "tokens", "tokens_per_second")]
-        rows.append([name, stage.status, time, *counts, percent(peak), size])
-    known = [stage.seconds for stage in facts.values() if stage.seconds is not None]
-    return rows + [["together", "", clock(sum(known)), *[""] * 5]]
+        paid = [] if price is None else [dollars(cost(facts, stage.seconds, price))]
+        rows.append([name, stage.status, time, *counts, percent(peak), size, *paid])
+    known = sum(stage.seconds for stage in facts.values() if stage.seconds is not None)
+    paid = [] if price is None else [dollars(cost(facts, known, price))]
+    return rows + [["together", "", clock(known), *[""] * 5, *paid]]
 
 
 def core_tasks(facts: Facts) -> Table:
@@ -65,13 +74,17 @@ def chat_tasks(facts: Facts) -> Table:
     return rows if len(rows) > 1 else []
 
 
-def page(facts: Facts, tag: str, plots: Sequence[str] = ()) -> str:
-    """The whole report as markdown; `plots` are files beside it."""
+def page(facts: Facts, tag: str, plots: Sequence[str] = (), price: float | None = None) -> str:
+    """The whole report as markdown; `plots` are files beside it, `price` dollars per device and hour."""
     missing = [name for name, stage in facts.items() if stage.status != "finished"]
     parts = [f"# The run {tag}", markdown(summary(facts)), f"{DASH}: not measured."]
     if missing:
         parts.append("Not finished: " + ", ".join(f"{name} ({facts[name].status})" for name in missing) + ".")
-    parts += ["## Time", markdown(stages(facts)), "Training stages: without start, evaluation and saving."]
+    parts += [
+        "## Time",
+        markdown(stages(facts, price)),
+        "Training stages: without start, evaluation and saving.",
+    ]
     parts += [f"![{name}]({name})" for name in plots]
     parts += ["## Chat tasks", markdown(chat_tasks(facts)), "## CORE", markdown(core_tasks(facts))]
     parts.append(facts["base_eval"].get("core_note") or "")
@@ -129,6 +142,12 @@ def _pairs(values: dict[str, Any]) -> Table:
 
 def number(value: float | None) -> str:
     return DASH if value is None else f"{value:.4f}"
+
+
+def dollars(value: float | None) -> str:
+    if value is None:
+        return DASH
+    return f"${value:,.2f}" if value >= 0.1 or value == 0 else f"${value:.2g}"
 
 
 def percent(value: float | None) -> str:

@@ -120,8 +120,16 @@ def ask(engine: Engine, task: Rewarded, positions: Sequence[int], plan: RoundPla
     for n, i in enumerate(fits):
         answers = done[n * S : (n + 1) * S]
         texts = [answer_of(a.ids, engine.tokenizer) for a in answers]
-        groups.append(Group(prompts[i], answers, [task.reward(conversations[i], text) for text in texts]))
+        groups.append(Group(prompts[i], answers, rewards_of(task, conversations[i], texts)))
     return groups
+
+
+def rewards_of(task: Rewarded, conversation: Any, texts: Sequence[str]) -> list[float]:
+    """The reward of each answer to a question; graded together where the task can, as programs are."""
+    grade = getattr(task, "evaluate_many", None)
+    if grade is None:
+        return [task.reward(conversation, text) for text in texts]
+    return [float(right) for right in grade([(conversation, text) for text in texts])]
 
 
 class Rollouts:
@@ -145,7 +153,7 @@ class Rollouts:
         self.position = 0 if cursor is None else int(cursor["position"])
         self.update = 0 if cursor is None else int(cursor["update"])
         self.rows: list[Row] = [] if cursor is None else _unpack(cursor["rows"])
-        self.facts: dict[str, float] = {}
+        self.facts: dict[str, float] = {} if cursor is None else dict(cursor.get("facts", {}))
         if not len(task):
             raise ValueError("RL needs at least one question, found none")
 
@@ -156,9 +164,9 @@ class Rollouts:
             yield from self._step()
 
     def cursor(self) -> dict[str, Any]:
-        """Where to go on after the step that was made last; inside a round its answers come along."""
-        rows = self.rows if self.update else []
-        return {"position": self.position, "update": self.update, "rows": _pack(rows)}
+        """Where to go on after the step made last; inside a round its answers and facts come along."""
+        rows, facts = (self.rows, dict(self.facts)) if self.update else ([], {})
+        return {"position": self.position, "update": self.update, "rows": _pack(rows), "facts": facts}
 
     def _write(self) -> None:
         """Ask a round's questions with the present weights; keep up to plan.questions groups that differ."""

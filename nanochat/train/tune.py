@@ -54,15 +54,20 @@ class Subset(Sequence[Any]):
 
 
 def split(items: Rows) -> tuple[Subset, Subset]:
-    """(train, validation): VALIDATION_EVERY, at most 256 and at least one. UserError for fewer than 2."""
-    if len(items) < 2:
-        raise UserError(
-            f"training needs at least 2 conversations (one is held out), found {len(items)}", "add more"
-        )
-    stride = VALIDATION_EVERY if len(items) >= 10 * VALIDATION_EVERY else VALIDATION_EVERY // 10
-    held = list(range(stride - 1, len(items), stride))[:VALIDATION_MOST] or [len(items) - 1]
-    out = set(held)
-    return Subset(items, [i for i in range(len(items)) if i not in out]), Subset(items, held)
+    """(train, validation): VALIDATION_EVERY, at most 256 and at least one. UserError for fewer than 2.
+
+    Where `items` tells the origin of each (a mixture), repetitions count as one and stay on one side.
+    """
+    origin: Callable[[int], Any] = getattr(items, "origin", lambda i: i)
+    firsts = sorted({origin(i): i for i in reversed(range(len(items)))}.values())
+    if len(firsts) < 2:
+        problem = f"training needs at least 2 conversations (one is held out), found {len(firsts)}"
+        raise UserError(problem, "add more")
+    stride = VALIDATION_EVERY if len(firsts) >= 10 * VALIDATION_EVERY else VALIDATION_EVERY // 10
+    held = firsts[stride - 1 :: stride][:VALIDATION_MOST] or firsts[-1:]
+    out = set(map(origin, held))
+    train = [i for i in range(len(items)) if origin(i) not in out]
+    return Subset(items, train), Subset(items, held)
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ class Recipe:
 def tune(recipe: Recipe, cfg: Any, rt: Runtime, task: Rows, prompts: tuple[str, ...] = ()) -> None:
     """Train `recipe.stage` on `task` from the newest parent, with the base run's shape and batch factor."""
     tok, parent, inputs = start_from(cfg, recipe.parents)
+    inputs |= {"data": found} if (found := fingerprints(task)) else {}
     with open_stage(recipe.stage, cfg, rt, inputs) as stage:
         if stage.finished:
             rt.say(f"{recipe.stage}: already finished, validation loss {stage.finished.get('val_loss')}")
@@ -120,11 +126,16 @@ def tune(recipe: Recipe, cfg: Any, rt: Runtime, task: Rows, prompts: tuple[str, 
         )
 
         def batches(cursor: dict[str, Any] | None) -> ConversationBatches:
-            return make(train_rows, epochs=cfg.epochs, rows_per_step=rows_per_step, cursor=cursor)
+            return make(
+                train_rows, epochs=cfg.epochs, rows_per_step=rows_per_step, cursor=cursor, borders=cfg.borders
+            )
 
         first = batches(None)
         with first:
             num_steps, rows = first.num_steps, first.num_rows
+        left_out = sum(getattr(part, "num_left_out", 0) for part in (task, *getattr(task, "tasks", ())))
+        if left_out:
+            rt.say(f"{recipe.stage}: {left_out:,} rows are no conversations and left out")
         rt.say(
             f"{recipe.stage}: {len(train_rows):,} conversations in {rows:,} rows, {num_steps} steps of "
             f"{batch:,} tokens; {first.num_cut} cut, {first.num_dropped} dropped"
@@ -140,6 +151,12 @@ def tune(recipe: Recipe, cfg: Any, rt: Runtime, task: Rows, prompts: tuple[str, 
             recipe=base,
             result={"conversations": len(train_rows), "rows": rows, "parent": inputs["parent"]},
         )  # fmt: skip
+
+
+def fingerprints(task: Any) -> list[str]:
+    """Those of a task and its parts that have one: data that may change under the same name."""
+    own = getattr(task, "fingerprint", None)
+    return ([own] if own else []) + [f for part in getattr(task, "tasks", ()) for f in fingerprints(part)]
 
 
 def parse_parent(named: str | None, tag: str, usual: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:

@@ -202,10 +202,8 @@ class Answer:
             self._on_end(self)
 
     async def _next(self, ping_seconds: float) -> tuple[int, list[int]]:
-        if not self.job.news.empty():
-            return self.job.news.get_nowait()
         left = self._deadline - time.monotonic()
-        return await asyncio.wait_for(self.job.news.get(), max(0.0, min(left, ping_seconds)))
+        return await self.job.get(max(0.0, min(left, ping_seconds)))
 
     @property
     def num_output(self) -> int:

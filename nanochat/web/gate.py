@@ -19,13 +19,13 @@ from urllib.parse import urlsplit
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
+from nanochat.web.door import LOCAL_HOSTS, host_name
 from nanochat.web.openai import ApiError
 
 MAX_BODY_BYTES = 1 << 20
 MAX_HEADER_BYTES = 16_384
 BODY_SECONDS = 10.0
 STALL_SECONDS = 30.0
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
@@ -44,7 +44,8 @@ class Gate:
     """Refuses foreign Hosts and Origins (403) and missing keys (401), and logs each request when it is over.
 
     hosts and origins are those allowed beside this machine's names and the server's own origin. Without keys
-    nobody needs one. The log holds no text of any conversation.
+    nobody needs one. Whom turned_away(scope) gives an error is refused before any route is looked for: after
+    the body, or the answer could be lost. The log holds no text of any conversation.
     """
 
     def __init__(
@@ -56,8 +57,9 @@ class Gate:
         keys: Collection[str],
         public: Collection[str],
         log: Log | None,
+        turned_away: Callable[[Any], ApiError | None] = lambda scope: None,
     ) -> None:
-        self._app, self._public, self._log = app, frozenset(public), log
+        self._app, self._public, self._log, self._turned_away = app, frozenset(public), log, turned_away
         self._hosts = {*LOCAL_HOSTS, *(host.lower() for host in hosts)}
         self._origins = {origin.lower().rstrip("/") for origin in origins}
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
@@ -85,6 +87,9 @@ class Gate:
                 await Response(status_code=204)(scope, receive, watched)
             else:
                 self._check(scope, headers)
+                if refusal := self._turned_away(scope):
+                    await read_body(Request(scope, receive))
+                    raise refusal
                 await self._app(scope, receive, watched)
         except ApiError as error:
             await JSONResponse(error.body, error.status, error.headers)(scope, receive, watched)
@@ -107,8 +112,7 @@ class Gate:
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
             raise ApiError(431, f"the headers must be at most {MAX_HEADER_BYTES} bytes")
         host = headers.get(b"host", "").lower()
-        name = host[: host.index("]") + 1] if host.startswith("[") and "]" in host else host.split(":")[0]
-        if name not in self._hosts:
+        if host_name(host) not in self._hosts:
             raise ApiError(403, "this name is not one of the server's: see --allow-host")
         origin = headers.get(b"origin")
         if origin is not None and scope["method"] not in ("GET", "HEAD"):
@@ -144,18 +148,30 @@ async def read_body(request: Request) -> bytes:
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "the content type must be application/json")
 
-    async def read() -> bytes:
-        body = bytearray()
+    loop, task, is_late = asyncio.get_running_loop(), asyncio.current_task(), False
+    assert task is not None
+
+    def late() -> None:
+        nonlocal is_late
+        is_late = True
+        task.cancel()
+
+    alarm = loop.call_later(BODY_SECONDS, late)
+    body = bytearray()
+    try:
         async for chunk in request.stream():
             body += chunk
             if len(body) > MAX_BODY_BYTES:
                 raise ApiError(413, f"the body must be at most {MAX_BODY_BYTES} bytes")
-        return bytes(body)
-
-    try:
-        return await asyncio.wait_for(read(), BODY_SECONDS)
-    except asyncio.TimeoutError:
+    except asyncio.CancelledError:
+        if not is_late:
+            raise
+        if hasattr(task, "uncancel"):  # Python 3.11
+            task.uncancel()
         raise ApiError(408, "the body did not come in time") from None
+    finally:
+        alarm.cancel()
+    return bytes(body)
 
 
 async def gone(receive: Any) -> None:
@@ -200,18 +216,25 @@ class EventStream(Response):
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
         headers = [(name.lower().encode(), value.encode()) for name, value in STREAM_HEADERS.items()]
+        since = 0.0  # when the send that has not come back was begun; 0: none
+        alarm: asyncio.TimerHandle | None = None
 
-        async def push(message: dict[str, Any]) -> None:
-            alarm = loop.call_later(STALL_SECONDS, task.cancel)
-            try:
-                await send(message)
-            finally:
-                alarm.cancel()
+        def look() -> None:  # one clock for all events: a timer for each would cost as much as the event
+            nonlocal alarm
+            if since and loop.time() - since >= STALL_SECONDS:
+                task.cancel()
+            else:
+                alarm = loop.call_later(STALL_SECONDS / 4, look)
 
+        look()
         try:
-            await push({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
             async for event in self._events:
-                await push({"type": "http.response.body", "body": event.encode(), "more_body": True})
-            await push({"type": "http.response.body", "body": b"", "more_body": False})
+                since = loop.time()
+                await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+                since = 0.0
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
+            if alarm is not None:
+                alarm.cancel()
             await self._events.aclose()  # type: ignore[attr-defined]

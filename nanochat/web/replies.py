@@ -18,9 +18,23 @@ Part = dict[str, str]
 Entries = list[tuple[int, TokenLogprob | None]]  # tokens and their log-probabilities
 
 
+_encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for every event
+
+
 def event(value: dict[str, Any]) -> str:
     """One server-sent event."""
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    return f"data: {_encode(value)}\n\n"
+
+
+class Head:
+    """The fields that all events of an answer share, encoded once."""
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        self._text = _encode(fields)[:-1]
+
+    def event(self, fields: dict[str, Any]) -> str:
+        """One event with these fields (at least one) behind the shared ones."""
+        return f"data: {self._text}, {_encode(fields)[1:]}\n\n"
 
 
 def usage(num_prompt: int, num_completion: int, num_cached: int) -> dict[str, Any]:
@@ -62,6 +76,7 @@ class ChatReply:
 
     def __init__(self, model: str, names: TokenNames) -> None:
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self._chunks = Head({**self._head, "object": self.chunk_object})
         self._names = names
 
     @property
@@ -129,7 +144,7 @@ class ChatReply:
         )
 
     def event(self, choices: list[dict[str, Any]], **more: Any) -> str:
-        return event({**self._head, "object": self.chunk_object, "choices": choices, **more})
+        return self._chunks.event({"choices": choices, **more})
 
 
 class TextReply:
@@ -142,6 +157,7 @@ class TextReply:
             "created": int(time.time()),
             "model": model,
         }
+        self._chunks = Head(self._head)
         self._names = names
         self._offsets: dict[int, int] = {}  # of each choice: characters that its chunks have shown
 
@@ -208,7 +224,7 @@ class TextReply:
         )
 
     def event(self, choices: list[dict[str, Any]], **more: Any) -> str:
-        return event({**self._head, "choices": choices, **more})
+        return self._chunks.event({"choices": choices, **more})
 
 
 Reply = ChatReply | TextReply

@@ -6,12 +6,13 @@ thread (worker.py), and comes back as text (answer.py) in OpenAI's shapes (repli
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -19,6 +20,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from nanochat.engine import Engine
 from nanochat.web import gate, openai
 from nanochat.web.answer import Answer
+from nanochat.web.door import RETRY_SECONDS, health_body
 from nanochat.web.gate import EventStream, Gate, Log
 from nanochat.web.metrics import Metrics
 from nanochat.web.openai import (
@@ -47,6 +49,11 @@ PAGE_HEADERS = {
     "Cache-Control": "no-cache",
 }
 MAX_SECONDS = 600.0  # of one request
+LONG = 20_000  # bytes of a request: a millisecond of parsing and tokenizing
+
+R = TypeVar("R", bound=openai.Shape)
+C = TypeVar("C", bound=Common)
+T = TypeVar("T")
 
 
 def page_files() -> dict[str, tuple[str, str]]:
@@ -97,8 +104,38 @@ def create_app(
         fleet.stop()
 
     app = FastAPI(title="nanochat", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.is_draining, app.state.fleet = False, fleet
-    app.add_middleware(Gate, hosts=hosts, origins=origins, keys=keys, public={"/health", *files}, log=log)
+    app.state.is_draining, app.state.fleet, app.state.hosts = False, fleet, hosts
+    app.state.health = lambda: "draining" if app.state.is_draining else "ok" if fleet.is_alive else "dead"
+    completion_paths = {
+        prefix + path for prefix in ("/v1/", "/") for path in ("chat/completions", "completions")
+    }
+
+    def turned_away(scope: Any) -> ApiError | None:
+        """Why a completion cannot be taken at this moment, told before it costs more."""
+        if scope["method"] != "POST" or scope["path"] not in completion_paths:
+            return None
+        if app.state.is_draining:
+            error = ApiError(503, "the server is stopping", retry_after=10)
+        elif wait := fleet.full_for():
+            error = too_many(wait)
+        elif max_per_key and per_key[scope["key"]] >= max_per_key:
+            error = ApiError(
+                429, "too many requests of this key are running", "rate_limit_exceeded", retry_after=5
+            )
+        else:
+            return None
+        metrics.count("requests_rejected_total", label=f'status="{error.status}"')
+        return error
+
+    app.add_middleware(
+        Gate,
+        hosts=hosts,
+        origins=origins,
+        keys=keys,
+        public={"/health", *files},
+        log=log,
+        turned_away=turned_away,
+    )
 
     @app.exception_handler(ApiError)
     async def refuse(_: Request, error: ApiError) -> JSONResponse:
@@ -116,8 +153,8 @@ def create_app(
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        state = "draining" if app.state.is_draining else "ok" if fleet.is_alive else "dead"
-        return JSONResponse({"status": state}, 200 if state == "ok" else 503)
+        status, body = health_body(app.state.health())
+        return JSONResponse(body, status, {"Retry-After": str(RETRY_SECONDS)} if status == 503 else None)
 
     @app.get("/metrics")
     async def show_metrics() -> PlainTextResponse:
@@ -141,41 +178,30 @@ def create_app(
     def too_many(retry_after: int) -> ApiError:
         return ApiError(429, "too many requests are waiting", "rate_limit_exceeded", retry_after=retry_after)
 
-    async def enter(request: Request) -> bytes:
-        """The body of a request that may be answered now: the others are sent away before they cost more."""
-        body = await gate.read_body(request)
-        if app.state.is_draining:
-            raise ApiError(503, "the server is stopping", retry_after=10)
-        if wait := fleet.full_for():
-            raise too_many(wait)
-        key = request.scope["key"]
-        if max_per_key and per_key[key] >= max_per_key:
-            raise ApiError(
-                429, "too many requests of this key are running", "rate_limit_exceeded", retry_after=5
-            )
-        return body
-
     async def chat_completions(request: Request) -> Response:
-        asked = openai.parse(await enter(request), ChatRequest)
-        return await complete(
-            request, asked, lambda: prompts.of_chat(asked, request.scope["key"]), ChatReply(name, names)
-        )
+        asked = await parsed(request, ChatRequest)
+        return await complete(request, asked, prompts.of_chat, ChatReply(name, names))
 
     async def completions(request: Request) -> Response:
-        asked = openai.parse(await enter(request), CompletionRequest)
-        return await complete(
-            request, asked, lambda: prompts.of_text(asked, request.scope["key"]), TextReply(name, names)
-        )
+        asked = await parsed(request, CompletionRequest)
+        return await complete(request, asked, prompts.of_text, TextReply(name, names))
+
+    async def parsed(request: Request, shape: type[R]) -> R:
+        body = await gate.read_body(request)
+        return await aside(len(body), openai.parse, body, shape)
 
     async def complete(
-        request: Request, asked: Common, prepare: Callable[[], Prepared], reply: ChatReply | TextReply
+        request: Request,
+        asked: C,
+        prepare: Callable[[C, str], Prepared],
+        reply: ChatReply | TextReply,
     ) -> Response:
         check_model(asked.model)
         if log and (new := openai.unknown_fields(asked) - told) and len(told) < 100:
             told.update(new)
             log({"event": "unknown fields", "fields": sorted(field[:40] for field in new)})
         key = request.scope["key"]
-        prepared = prepare()
+        prepared = await aside(int(request.headers.get("content-length", LONG)), prepare, asked, key)
         job = Job(prepared.generations)
         try:
             fleet.submit(job)
@@ -225,16 +251,12 @@ def create_app(
         request.scope["facts"] |= {**facts, "first_token_seconds": None if first is None else round(first, 4)}
 
     async def tokenize(request: Request) -> dict[str, Any]:
-        return {
-            "tokens": prompts.tokenize(openai.parse(await gate.read_body(request), TokenizeRequest).prompt)
-        }
+        asked = await parsed(request, TokenizeRequest)
+        return {"tokens": await aside(len(asked.prompt), prompts.tokenize, asked.prompt)}
 
     async def detokenize(request: Request) -> dict[str, Any]:
-        return {
-            "prompt": prompts.detokenize(
-                openai.parse(await gate.read_body(request), DetokenizeRequest).tokens
-            )
-        }
+        asked = await parsed(request, DetokenizeRequest)
+        return {"prompt": await aside(len(asked.tokens), prompts.detokenize, asked.tokens)}
 
     async def tokenizer_info() -> dict[str, Any]:
         return prompts.tokenizer_info()
@@ -265,6 +287,11 @@ def create_app(
         app.get(path, include_in_schema=False)(page)
     _describe(app)
     return app
+
+
+async def aside(size: int, work: Callable[..., T], *arguments: Any) -> T:
+    """work(*arguments), in a thread where it is long, so that the answers of others go on."""
+    return await asyncio.to_thread(work, *arguments) if size >= LONG else work(*arguments)
 
 
 def gauges(fleet: Fleet) -> dict[str, tuple[str, float]]:

@@ -32,18 +32,42 @@ class Busy(Exception):
 
 
 class Job:
-    """One request: its generations, and a queue of (index, new tokens; empty at the end of that one).
+    """One request: its generations, and news of them: (index, new tokens; none at the end of that one).
 
-    The queue is bounded by the generations' own limits. `error` is (status, message) if it ended early.
+    What waits is bounded by the generations' own limits. `error` is (status, message) if it ended early.
+    put and get are for the event loop alone.
     """
 
     def __init__(self, generations: list[Generation]) -> None:
         self.generations = generations
-        self.news: asyncio.Queue[tuple[int, list[int]]] = asyncio.Queue()
+        self._news: deque[tuple[int, list[int]]] = deque()
+        self._waiter: asyncio.Future[None] | None = None
         self.error: tuple[int, str] | None = None
         self.loop = asyncio.get_running_loop()
         self.since = time.monotonic()
         self.num_left = len(generations)
+
+    def put(self, index: int, tokens: list[int]) -> None:
+        self._news.append((index, tokens))
+        self._wake()
+
+    async def get(self, seconds: float) -> tuple[int, list[int]]:
+        """The oldest news. Raises asyncio.TimeoutError when none come; unlike wait_for it makes no task."""
+        if not self._news:
+            self._waiter = self.loop.create_future()
+            alarm = self.loop.call_later(seconds, self._wake)
+            try:
+                await self._waiter
+            finally:
+                alarm.cancel()
+                self._waiter = None
+            if not self._news:
+                raise asyncio.TimeoutError
+        return self._news.popleft()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def cancel(self) -> None:
         """Give the rows back; nothing happens to generations that have ended."""
@@ -203,7 +227,7 @@ class Worker:
 
 def _deliver(items: list[News]) -> None:
     for job, index, tokens in items:
-        job.news.put_nowait((index, tokens))
+        job.put(index, tokens)
 
 
 class Fleet:

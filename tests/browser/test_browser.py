@@ -344,6 +344,11 @@ def test_on_a_phone(browser: Any, server: Client) -> None:
     walk.idle()
     boxes = "[document.documentElement, document.getElementById('scroll')]"
     wide = f"{boxes}.some((box) => box.scrollWidth > innerWidth)"
+    walk.act("Answer again")
+    walk.idle()
+    assert walk.text(".branch span") == "2/2" and "tokens/s" in walk.text(".stats")
+    for selector in (".branch span", ".stats"):  # one line each
+        assert walk.page.locator(selector).last.bounding_box()["height"] < 30, selector
     assert not walk.page.evaluate(wide)
     assert not walk.page.is_visible("#side")
     walk.page.locator("#side-open").tap()

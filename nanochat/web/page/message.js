@@ -10,14 +10,14 @@ const MARK = () => {
   return mark;
 };
 
-/** "12 tokens · 48.1 tokens/s · first after 0.12 s" */
-export function statsText(stats) {
-  if (!stats) return "";
-  const facts = [`${stats.tokens} token${stats.tokens === 1 ? "" : "s"}`];
-  if (stats.rate) facts.push(`${stats.rate.toFixed(1)} tokens/s`);
-  if (stats.first !== null) facts.push(`first after ${stats.first.toFixed(2)} s`);
-  if (stats.reason === "length") facts.push("cut at the limit");
-  return facts.join(" · ");
+/** 12 tokens · 48.1 tokens/s · first after 0.12 s: facts that are never broken; phones leave the last one out. */
+function statsLine(stats) {
+  const facts = [];
+  if (stats) facts.push(h("span", {}, `${stats.tokens} token${stats.tokens === 1 ? "" : "s"}`));
+  if (stats?.rate) facts.push(h("span", {}, `${stats.rate.toFixed(1)} tokens/s`));
+  if (stats?.reason === "length") facts.push(h("span", {}, "cut at the limit"));
+  if (stats && stats.first !== null) facts.push(h("span", { class: "aside" }, `first after ${stats.first.toFixed(2)} s`));
+  return h("div", { class: "stats" }, ...facts);
 }
 
 function branchButtons(node, others, act) {
@@ -110,7 +110,7 @@ export class Answer {
       iconButton("again", "Answer again", () => act.again(node)),
       node.state !== "done" || node.stats?.reason === "length" ? iconButton("more", "Continue this answer", () => act.extend(node)) : null,
       node.tokens?.length ? iconButton("chart", "How sure was it?", () => this.#toggleTokens()) : null,
-      h("span", { class: "stats" }, statsText(node.stats)),
+      statsLine(node.stats),
     );
     this.foot.replaceChildren(...[this.#trouble(), actions].filter(Boolean));
   }

@@ -27,7 +27,8 @@ async function serve(request) {
   try {
     const fresh = await fetch(request);
     if (fresh.ok) await cache.put(request, fresh.clone());
-    return fresh;
+    if (fresh.status < 500) return fresh;
+    return (await cache.match(request)) ?? fresh; // it is still loading: what is kept can be read meanwhile
   } catch (error) {
     const kept = await cache.match(request);
     if (kept) return kept;
