@@ -25,7 +25,7 @@ from tasks.custom import check_messages
 from tasks.synthetic import Blind, has_word, heldout_lines
 
 # What the generator gave when the held-out sets were made.
-DIGEST = "932e69fa2edc7b87da86c36a190908ede9d78d22dad54ef352a211f80f42d079"
+DIGEST = "686a8d3617a0d005b777e0ea0f59550d18751948f114e581985aa223e912955b"
 NANOCHAT_MIXED = 0x5B076B6DDE40A774
 NUM_DOCUMENTS = 6000
 NUM_CONVERSATIONS = 800
