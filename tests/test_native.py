@@ -165,7 +165,8 @@ def test_attention_in_tiles(shape, left):
             errors.append([float((a.double() - b).detach().norm()) for a, b in zip(got, results)])
         size = [float(x.detach().norm()) + 1e-3 * float(dy.double().norm()) for x in results]
         assert all(error < 1e-2 * n for error, n in zip(errors[0], size)), (errors, size)
-        assert sum(errors[0]) < 1.1 * sum(errors[1])
+        if left != 0:  # else gradients of q and k are zero, and all of their error is rounding of y
+            assert sum(errors[0]) < 1.1 * sum(errors[1])
 
 
 def test_tiles_keep_nan_and_hide_the_future():
