@@ -26,7 +26,9 @@ STYLE = (
 
 def training(rows: Sequence[dict[str, str]]) -> str:
     """Tokens/s of each variant by depth and dtype; dotted: the floor that matrix products set to ours."""
-    rows = [{"variant": "ours"} | row for row in rows]  # records of before plain loops were measured beside it
+    rows = [
+        {"variant": "ours"} | row for row in rows
+    ]  # records of before plain loops were measured beside it
     groups = list(dict.fromkeys((row["depth"], row["width"], row["dtype"]) for row in rows))
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     found = {(r["depth"], r["width"], r["dtype"], r["variant"]): r for r in rows}
@@ -35,7 +37,9 @@ def training(rows: Sequence[dict[str, str]]) -> str:
         cells = (found.get((*group, variant), {}).get(column) for group in groups)
         return [float(cell) if cell else None for cell in cells]
 
-    series = [Bars(name, values(name, "tokens_per_second"), COLOURS[i % 5]) for i, name in enumerate(variants)]
+    series = [
+        Bars(name, values(name, "tokens_per_second"), COLOURS[i % 5]) for i, name in enumerate(variants)
+    ]
     floors = values("ours", "floor_tokens_per_second")
     top = 1.08 * max(v for bars in (*series, Bars("", floors, "")) for v in bars.values if v is not None)
     names = [f"depth {depth}, {dtype}" for depth, _, dtype in groups]

@@ -113,7 +113,10 @@ def _build() -> tuple[ctypes.CDLL | None, str]:
     recipe = f"{machine} {FLAGS} {TUNING}".encode() + b"".join(source.read_bytes() for source in SOURCES)
     name = f"kernels-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
     problem = ""
-    for folder in (SOURCES[0].parent / "__pycache__", Path(tempfile.gettempdir()) / f"nanochat-{os.getuid()}"):
+    for folder in (
+        SOURCES[0].parent / "__pycache__",
+        Path(tempfile.gettempdir()) / f"nanochat-{os.getuid()}",
+    ):
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
             if folder.stat().st_uid != os.getuid():

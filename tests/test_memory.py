@@ -1,4 +1,4 @@
-"""The memory that scripts.plan predicts, against what a step keeps, and against the peak that torch counts."""
+"""The memory that scripts.plan predicts, against what a step keeps, and against torch's own peak."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def keeps_scores(dtype: torch.dtype) -> bool:
 
 
 def peak(work: Callable[[], None]) -> int:
-    """The most bytes that torch had allocated at once beyond those at the start, by its allocator's own count."""
+    """The most bytes that torch had allocated at once beyond those at the start, by its own count."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         work()
     assert trace.profiler is not None and trace.profiler.kineto_results is not None
@@ -56,7 +56,9 @@ def peak(work: Callable[[], None]) -> int:
     return most
 
 
-def train(plan: scaling.Plan, dtype: torch.dtype, is_checkpointed: bool = False, is_plain: bool = False) -> None:
+def train(
+    plan: scaling.Plan, dtype: torch.dtype, is_checkpointed: bool = False, is_plain: bool = False
+) -> None:
     """Two steps from nothing, ours or the plain loop's."""
     model = GPT(GPTConfig(**plan.config()), dtype)
     model.init_weights(1)
@@ -77,7 +79,7 @@ def train(plan: scaling.Plan, dtype: torch.dtype, is_checkpointed: bool = False,
         optimizer.zero_grad()
 
 
-SIZES = {  # depth, width a layer, key/value heads, T, V, rows: layers, gradients with Muon, or the tables dominate
+SIZES = {  # depth, width a layer, key/value heads, T, V, rows: layers, Muon or the tables dominate
     "layers": (4, 64, None, 256, 4096, 8),
     "matrices": (6, 64, 2, 128, 512, 2),
     "tables": (2, 64, None, 256, 16384, 4),
@@ -105,14 +107,16 @@ def test_the_whole_peak_within_15_percent(name, dtype) -> None:
 
 def test_the_peak_with_checkpointed_layers_within_15_percent() -> None:
     plan = plan_of("layers")
-    memory = scaling.memory_bytes(plan, 4, on_cpu=True, is_checkpointed=True, keeps_scores=keeps_scores(torch.float32))
+    memory = scaling.memory_bytes(
+        plan, 4, on_cpu=True, is_checkpointed=True, keeps_scores=keeps_scores(torch.float32)
+    )
     measured = peak(lambda: train(plan, torch.float32, is_checkpointed=True))
     assert scaling.peak_bytes(memory) == pytest.approx(measured, rel=0.15)
     assert measured < 0.8 * peak(lambda: train(plan, torch.float32))
 
 
 def test_a_step_takes_at_most_half_of_the_plain_loop() -> None:
-    """Measured, with logits as large beside the rest as at depth 12 with 32 rows of 2,048: 16 to 1 of the weights."""
+    """Measured, with logits large beside the weights, as at depth 12 with 32 rows of 2,048."""
     plan = scaling.plan(
         2, aspect=32, head_dim=64, sequence_len=512, vocab_size=8192, window_pattern="L", num_steps=10,
         device_batch=8, batch_tokens=4096,

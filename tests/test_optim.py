@@ -167,7 +167,7 @@ def test_orthogonalize_flattens_the_spectrum(shape, dtype):
 
 @pytest.mark.parametrize("shape", [(32, 160), (160, 32), (128, 512)])
 def test_two_polar_steps_at_a_time_are_about_as_exact(shape):
-    """bf16 against the plain steps in fp64, beside bf16's own plain steps; spectra from even to very uneven."""
+    """bf16 against the plain steps in fp64, beside bf16's own; spectra from even to very uneven."""
     gen = torch.Generator().manual_seed(4)
     short = min(shape)
     left, _ = torch.linalg.qr(torch.randn(shape[0], short, generator=gen))

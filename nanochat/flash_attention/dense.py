@@ -6,8 +6,8 @@ it can see in one batched product, the softmax is one pass in place, and the wei
 backward pass
 where they are small (KEEP_BYTES), else made again. A window or a document is a pair of numbers for each
 query, never
-a mask. Scores are rounded to the dtype of q, as in any unfused attention. The sdpa tier calls this; bf16 goes on to
-tiles.py where the processor suits it.
+a mask. Scores are rounded to the dtype of q, as in any unfused attention. The sdpa tier calls this; bf16
+goes on to tiles.py where the processor suits it.
 
 Letters: B rows, T queries, S keys, H query heads, K key/value heads, G = H / K, C queries of a chunk, E
 head size.

@@ -1,7 +1,7 @@
 """Training attention by attention.c: tiles of 64 queries and keys that never leave the cache.
 
 For bf16 on CPUs that multiply bf16 pairs in AVX512 and have no AMX (native.has_attention_tiles). Scores stay
-fp32 and nothing of size T x S is kept: backward makes the weights again from L (B, H, T), one fp32 number a query.
+fp32 and nothing of size T x S is kept: backward makes the weights again from L (B, H, T), one number a query.
 dense.py calls it where it suits, and serves everything else.
 
 Letters: B rows, T queries, S keys, H query heads, K key/value heads, E head size.

@@ -1,9 +1,9 @@
-"""Gathers that run under the next forward pass: each module waits for its own weights, right before it is used.
+"""Gathers that run under the next forward pass: each module waits for its own weights before its use.
 
     gathers.overlap(optimizer, model)     # several ranks; nothing to do for one process
 
-After `update()` the new weights are on their way, in order of use. `stages` names who uses what; a pre-hook of each
-module ends the transfers that it needs, and state_dict() ends all. Whoever reads weights otherwise calls
+After `update()` the new weights are on their way, in order of use. `stages` names who uses what; a pre-hook of
+each module ends the transfers that it needs, and state_dict() ends all. Whoever reads weights otherwise calls
 optimizer.finish() first. Left out: compiled layers, whose graphs a hook would break; `why_not` says so.
 """
 
@@ -22,13 +22,15 @@ def why_not(model: Any) -> str | None:
 
 
 def stages(model: Any) -> list[tuple[Any, list[Any]]]:
-    """(module, parameters that must be complete when it is called) of a GPT, in order of use; scalars left out."""
+    """(module, parameters that must be complete when it is called) of a GPT, in order of use."""
     found: list[tuple[Any, list[Any]]] = [(model.wte, [model.wte.weight])]
     for i, block in enumerate(model.blocks):
         if str(i) in model.value_embeds:
             found.append((model.value_embeds[str(i)], [model.value_embeds[str(i)].weight]))
         found.append((block, list(block.parameters())))
     found[-1][1].append(model.lm_head.weight)  # the loss takes it without calling the module
+    named = {id(p) for _, params in found for p in params}
+    found[0][1].extend(p for p in model.parameters() if id(p) not in named)  # scalars, and other inputs
     return found
 
 

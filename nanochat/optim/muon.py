@@ -48,7 +48,7 @@ def polar(X: torch.Tensor, ns_steps: int) -> torch.Tensor:
     """The Polar Express steps on X (n, R, C), in its dtype.
 
     Long bf16 matrices take two steps at a time: with Q = αI + βA + γA² of A = XXᵀ, the next A is QAQ, which
-    costs products of the short side alone. Errors are 0.8 to 1.5 times those of bf16 steps one by one (a test).
+    costs products of the short side alone. Errors are 0.8 to 1.5 times those of single bf16 steps (a test).
     """
     num_rows, num_cols = X.shape[1:]
     if num_rows > 2 * num_cols and X.dtype == torch.bfloat16:

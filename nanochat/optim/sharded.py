@@ -3,8 +3,8 @@
 Each unit (one shape of Muon matrices, one large AdamW tensor, or the small AdamW tensors of a group) goes
 through reduce -> update -> gather. One process, gloo and NCCL share the path; alone, a unit works on the
 parameters and their gradients directly and needs no buffers. With several ranks the last backward pass of a
-step starts each unit's reduction as soon as its gradients are complete (`overlap`), and gathers may run on under
-the next forward pass (nanochat/optim/gathers.py).
+step starts each unit's reduction as soon as its gradients are complete (`overlap`), and gathers may run on
+under the next forward pass (nanochat/optim/gathers.py).
 """
 
 import itertools
@@ -314,7 +314,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Step with the gradients of the last `reduce`, then share the new weights (gathers.overlap: till used)."""
+        """Step with the gradients of the last `reduce`, then share the new weights; see gathers.overlap."""
         if not self.is_reduced:
             raise ValueError("update() needs reduced gradients; call reduce() before every update()")
         self.is_reduced = False

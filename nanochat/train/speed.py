@@ -1,7 +1,7 @@
-"""Ways to trade set-up time, memory or rounding for speed: --speed=compile,checkpoint,fp8,gather of base_train.
+"""Ways to trade set-up time, memory or rounding for speed: --speed=compile,checkpoint,fp8,gather.
 
     compile     each layer through torch.compile (two to four graphs, not one per layer); pays on GPUs
-    checkpoint  a layer's activations are computed again in the backward pass: a third more work, far less memory
+    checkpoint  a layer's activations are computed again in the backward: a third more work, far less memory
     fp8         linear layers in 8 bits (sm_89 and later); pays from about depth 20
     gather      several ranks: new weights travel under the next forward pass, each layer waits for its own
 

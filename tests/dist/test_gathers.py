@@ -100,8 +100,7 @@ def test_compiled_layers_and_unknown_parameters_are_refused():
     model.blocks[0].attn.c_q = torch.nn.Linear(32, 32, bias=False)
     named = {id(p) for _, params in gathers.stages(model) for p in params}
     missing = {name for name, p in model.named_parameters() if id(p) not in named}
-    scalars = {"resid_lambdas", "x0_lambdas", "smear_gate.weight", "smear_lambda", "backout_lambda"}
-    assert missing == scalars, "every large parameter has a stage"
+    assert not missing, "every parameter has a stage"
     optimizer = model.setup_optimizer()
     optimizer.units[0].is_sharded, optimizer.units[0].names = True, ["stranger"]
     optimizer.units[0].params = [torch.nn.Parameter(torch.zeros(2))]
