@@ -2,7 +2,7 @@
 
     gathers.overlap(optimizer, model)     # several ranks; nothing to do for one process
 
-After `update()` the new weights are on their way, in order of use. `stages` names who uses what; a pre-hook of
+After `update()` the new weights are on their way, in order of use. stages() says who uses what; a pre-hook of
 each module ends the transfers that it needs, and state_dict() ends all. Whoever reads weights otherwise calls
 optimizer.finish() first. Left out: compiled layers, whose graphs a hook would break; `why_not` says so.
 """
