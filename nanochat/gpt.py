@@ -217,7 +217,7 @@ class GPT(nn.Module):
         positions_BT: (T,) or (B, T).
         """
         cfg, dtype = self.config, self.compute_dtype
-        h_BTD = norm(F.embedding(ids_BT, self.wte.weight).to(dtype))
+        h_BTD = norm(self.wte(ids_BT).to(dtype))
         gate_BT1 = self.smear_lambda.to(dtype) * torch.sigmoid(self.smear_gate(h_BTD[..., :SMEAR_CHANNELS]))
         if prev_ids_BT is None:
             if is_first_BT is not None:
@@ -226,7 +226,7 @@ class GPT(nn.Module):
                 (h_BTD[:, :1], torch.addcmul(h_BTD[:, 1:], gate_BT1[:, 1:], h_BTD[:, :-1])), dim=1
             )
         else:
-            before_BTD = norm(F.embedding(prev_ids_BT.clamp(min=0), self.wte.weight).to(dtype))
+            before_BTD = norm(self.wte(prev_ids_BT.clamp(min=0)).to(dtype))
             gate_BT1 = gate_BT1.masked_fill((prev_ids_BT < 0).unsqueeze(-1), 0)
             x_BTD = torch.addcmul(h_BTD, gate_BT1, before_BTD)
         if self.bigram_embeds is not None:
@@ -236,7 +236,7 @@ class GPT(nn.Module):
         rope = rope_tables(positions_BT, cfg.n_embd // cfg.n_head, dtype)
         for i, (block, window) in enumerate(zip(self.blocks, cfg.windows, strict=True)):
             table = cast(nn.Embedding, self.value_embeds[str(i)]) if cfg.has_value_embedding(i) else None
-            ve_BTC = None if table is None else F.embedding(ids_BT, table.weight).to(dtype)
+            ve_BTC = None if table is None else table(ids_BT).to(dtype)
             # whole rows need no layer number; one for all keeps the compiled layers one graph
             number = 0 if self.is_compiled and self.training else i
             scalars = self.resid_lambdas[i], self.x0_lambdas[i]

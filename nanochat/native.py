@@ -1,5 +1,5 @@
-"""kernels.c compiled for this processor at first use, with whatever C compiler there is; or the reason why
-not.
+"""The C files of this package compiled for this processor at first use, with whatever C compiler there is;
+or the reason why not.
 
     if native.ready(x):
         native.call("norm_forward", x, y, inverse, rows, n, eps, native.is_half(x))
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from nanochat.hardware import cpu_features, cpu_name
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "attention.c", "optim.c"))
 COMPILERS = ("cc", "gcc", "clang")
 # Sums may be reordered and products fused; infinities and NaN keep their meaning (so no -ffast-math).
 MATH = ("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros")
@@ -52,6 +52,12 @@ SIGNATURES = {
     "softmax_forward": "plllllllplfi",
     "softmax_backward": "pplllllllplfi",
     "cross_entropy": "pppllfii",
+    "muon_momentum": "ppppllf",
+    "muon_rows": "ppplli",
+    "muon_squares": "ppllii",
+    "muon_update": "pppllffii",
+    "attention_forward": "pppppppllllllf",
+    "attention_backward": "pppppppppppllllllf",
 }
 TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 
@@ -81,6 +87,13 @@ def call(name: str, *arguments: Any) -> None:
     getattr(lib, name)(*(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments))
 
 
+@cache
+def has_attention_tiles() -> bool:
+    """Whether attention.c was built with its products: bf16 pairs in AVX512, and no AMX, which is faster."""
+    lib = library()
+    return lib is not None and bool(lib.attention_is_here())
+
+
 def library() -> ctypes.CDLL | None:
     """The loaded library, or None; the reason is said once, on stderr."""
     return _build()[0]
@@ -102,10 +115,20 @@ def build(source: Path, signatures: dict[str, str]) -> tuple[ctypes.CDLL | None,
     if compiler is None:
         return _without("there is no C compiler (cc, gcc or clang)")
     machine = f"{compiler} {cpu_name()} {cpu_features()} {torch.__version__} {sys.platform}"
+<<<<<<< HEAD
     recipe = f"{machine} {FLAGS} {TUNING}".encode() + source.read_bytes()
     name = f"{source.stem}-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
     problem = ""
     for folder in (source.parent / "__pycache__", Path(tempfile.gettempdir()) / f"nanochat-{os.getuid()}"):
+=======
+    recipe = f"{machine} {FLAGS} {TUNING}".encode() + b"".join(source.read_bytes() for source in SOURCES)
+    name = f"kernels-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
+    problem = ""
+    for folder in (
+        SOURCES[0].parent / "__pycache__",
+        Path(tempfile.gettempdir()) / f"nanochat-{os.getuid()}",
+    ):
+>>>>>>> train
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
             if folder.stat().st_uid != os.getuid():
@@ -116,7 +139,11 @@ def build(source: Path, signatures: dict[str, str]) -> tuple[ctypes.CDLL | None,
             for function, letters in signatures.items():
                 getattr(lib, function).argtypes = [TYPES[letter] for letter in letters]
                 getattr(lib, function).restype = None
+<<<<<<< HEAD
             return lib, f"{source.name}, built with {compiler}"
+=======
+            return lib, f"{', '.join(source.name for source in SOURCES)}, built with {compiler}"
+>>>>>>> train
         except (OSError, AttributeError, subprocess.SubprocessError) as error:
             problem = str(error).strip().splitlines()[-1]
     return _without(f"{compiler} failed: {problem}")
@@ -134,7 +161,11 @@ def _compile(compiler: str, source: Path, path: Path) -> None:
     temporary, said = path.with_name(f"{path.stem}-{os.getpid()}.tmp"), ""
     try:
         for tuning in TUNING:
+<<<<<<< HEAD
             command = [*compiler.split(), *FLAGS, *tuning, "-o", str(temporary), str(source), "-lm"]
+=======
+            command = [*compiler.split(), *FLAGS, *tuning, "-o", str(temporary), *map(str, SOURCES), "-lm"]
+>>>>>>> train
             done = subprocess.run(command, capture_output=True, text=True, timeout=120)
             if done.returncode == 0:
                 os.replace(temporary, path)

@@ -208,15 +208,20 @@ def num_shards(horizon_tokens: int, packing: str = "carry") -> int:
 
 
 def memory_bytes(
-    p: Plan, bytes_per_value: int = 2, *, is_checkpointed: bool = False, on_cpu: bool = False
+    p: Plan,
+    bytes_per_value: int = 2,
+    *,
+    is_checkpointed: bool = False,
+    on_cpu: bool = False,
+    keeps_scores: bool | None = None,
 ) -> dict[str, float]:
     """Bytes of one device in training, by use; `peak_bytes` says what of it is needed at once.
 
-    activations: what eager layers keep for their backward pass, counted by value and token (attention
-    scores are not
-    kept on a GPU; a CPU keeps its chunks of them). With is_checkpointed only each layer's input, and one
-    layer.
+    activations: what eager layers keep for their backward pass, counted by value and token. keeps_scores: of
+    attention, as a CPU does in fp32 (the default) and where it has no tiles for bf16
+    (native.has_attention_tiles). With is_checkpointed only each layer's input, and one layer.
     """
+    keeps_scores = on_cpu and bytes_per_value == 4 if keeps_scores is None else keeps_scores
     tokens, width, kv = p.device_batch * p.sequence_len, p.model_dim, p.num_kv_heads * p.head_dim
     counts = count_params(p.depth, p.model_dim, kv, p.num_kv_heads, p.vocab_size)
     matrices, linears = counts["transformer_matrices"], counts["scaling"]
@@ -224,7 +229,7 @@ def memory_bytes(
     # Per token: input of mix, two norms, q, attention's output, relu^2 (4), and k, v, half of a value
     # embedding
     layer = (9 * width + 2.5 * kv) * bytes_per_value + 4.0 * (2 + p.num_heads + p.num_kv_heads + p.num_heads)
-    if on_cpu:  # copies of q, k, v by head, and the weights of attention
+    if keeps_scores:  # copies of q, k, v by head, and the weights of attention
         layer += (width + 2 * kv + 0.6 * p.num_heads * p.sequence_len) * bytes_per_value
     ends = (4 * width) * bytes_per_value * tokens  # embeddings, smear, half-way state, the last norm
     kept = (

@@ -52,7 +52,7 @@ class Settings:
     warmup: int = setting(40, "warm-up steps")
     warmdown: float = setting(0.65, "share of the steps in the linear warm-down")
     bigram_rows: int = setting(0, "rows of a hashed table of token pairs (0: none)")
-    speed: str = setting("", "any of compile, checkpoint, fp8, with commas")
+    speed: str = setting("", "any of compile, checkpoint, fp8, gather, with commas")
     primer: str | None = setting(None, "lessons before the embedded corpus: smoke or cpu-demo")
     packing: str = setting("carry", "carry (split and carry) or peer (cut and discard)")
     device: str | None = setting(None, "cpu, cuda or mps (default: what there is)")

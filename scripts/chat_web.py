@@ -43,7 +43,8 @@ class Settings:
     replicas: int | None = setting(None, "copies of the model (default: one a GPU)")
     log: bool = setting(True, "write a line of JSON per request to stderr; never what was said")
     device: str | None = setting(None, "cpu, cuda or mps (default: what there is)")
-    dtype: str | None = setting(None, "float32 or bfloat16 (default: float32, on a GPU bfloat16)")
+    dtype: str | None = setting(None, "float32, bfloat16 or int8 (default: see docs/engine.md)")
+    speculate: int = setting(0, "tokens guessed at most a step; answers stay the same (0: none)")
 
 
 PRESETS = {name: Settings() for name in ("smoke", "cpu-demo", "single-gpu", "speedrun")}
@@ -70,8 +71,9 @@ def serve(settings: Settings, keys: list[str], hosts: list[str], door: Door, whe
     from nanochat.web.serving import make_server, settle
 
     opened = open_engine(
-        Home.find(settings.home), settings.tag, settings.stage, settings.step, settings.device, settings.dtype
-    )
+        Home.find(settings.home), settings.tag, settings.stage, settings.step, settings.device, settings.dtype,
+        settings.speculate,
+    )  # fmt: skip
     app = create_app(
         replicas(opened.engine, settings.replicas),
         settings.name or f"{settings.tag}-{opened.stage}",
@@ -113,7 +115,8 @@ def replicas(engine: Engine, count: int | None) -> list[Engine]:
     found = [engine]
     for index in range(1, count):
         place = torch.device("cuda", index) if num_gpus else device
-        found.append(Engine(copy.deepcopy(engine.model).to(place), engine.tokenizer, engine.dtype))
+        model = copy.deepcopy(engine.model).to(place)
+        found.append(Engine(model, engine.tokenizer, engine.dtype, speculate=engine.speculate))
     return found
 
 

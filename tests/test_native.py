@@ -7,7 +7,7 @@ import torch
 
 from nanochat import fused, native
 from nanochat.cross_entropy import softcap, weighted_nll
-from nanochat.flash_attention import dense
+from nanochat.flash_attention import dense, tiles
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C compiler here")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -137,6 +137,52 @@ def test_more_keys_than_queries():
     y = dense.attend(q[:, 30:], k, v, 12, 0, None)
     oracle = plain(*(x.double() for x in (q, k, v)), visible(40, 40, 12))[:, 30:]
     assert worst(y, oracle) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(2, 53, 53, 4, 2, 32), (1, 200, 200, 4, 1, 64), (1, 40, 190, 3, 3, 128)])
+@pytest.mark.parametrize("left", [None, 0, 70])
+def test_attention_in_tiles(shape, left):
+    """Odd lengths, groups, windows, packed documents, keys before the queries; at least as exact as dense."""
+    from attention_cases import inputs, plain, visible
+
+    if not native.has_attention_tiles():
+        pytest.skip("this processor has no AVX512-BF16, or has AMX")
+    B, T, S, H, K, E = shape
+    q, k, v, dy = inputs(B, S, H, K, E, torch.bfloat16)
+    q, dy = q[:, S - T :].contiguous(), dy[:, S - T :].contiguous()
+    doc_start = torch.tensor([[0] * 20 + [20] * (T - 20)] * B)
+    for docs in (None, doc_start) if S == T else (None,):
+        assert tiles.suits(q) and not tiles.suits(q.float()) and not tiles.suits(q[..., :24])
+        exact = [x.double().requires_grad_() for x in (q, k, v)]
+        mask = visible(T, S, left, 0, docs)
+        oracle = plain(*exact, mask)
+        results = oracle, *torch.autograd.grad(oracle, exact, dy.double())
+        errors = []
+        for path in (tiles.Tiles, dense.Dense):
+            ours = [x.clone().requires_grad_() for x in (q, k, v)]
+            y = path.apply(*ours, S if left is None else left, 0, docs)
+            got = y, *torch.autograd.grad(y, ours, dy)
+            errors.append([float((a.double() - b).detach().norm()) for a, b in zip(got, results)])
+        size = [float(x.detach().norm()) + 1e-3 * float(dy.double().norm()) for x in results]
+        assert all(error < 1e-2 * n for error, n in zip(errors[0], size)), (errors, size)
+        if left != 0:  # else gradients of q and k are zero, and all of their error is rounding of y
+            assert sum(errors[0]) < 1.1 * sum(errors[1])
+
+
+def test_tiles_keep_nan_and_hide_the_future():
+    from attention_cases import inputs
+
+    if not native.has_attention_tiles():
+        pytest.skip("this processor has no AVX512-BF16, or has AMX")
+    q, k, v, _ = inputs(1, 150, 2, 2, 32, torch.bfloat16)
+    before = tiles.Tiles.apply(q, k, v, 150, 0, None)
+    k[:, 100:], v[:, 100:] = 3.0, -7.0
+    after = tiles.Tiles.apply(q, k, v, 150, 0, None)
+    assert torch.equal(before[:, :100], after[:, :100]) and not torch.equal(before[:, 100:], after[:, 100:])
+    q[0, 5, 1, 3] = float("nan")
+    y = tiles.Tiles.apply(q, k, v, 150, 0, None)
+    assert torch.isnan(y[0, 5, 1]).all() and not torch.isnan(y[0, 5, 0]).any()
+    assert not torch.isnan(y[0, 6:]).any() and not torch.isnan(y[0, :5]).any()
 
 
 def test_without_a_compiler_the_reason_is_said_and_pytorch_serves(monkeypatch, capsys):

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanochat import native
 from nanochat.optim import MuonAdamW
 from nanochat.optim.groups import param_groups
-from nanochat.optim.muon import POLAR_EXPRESS, muon_, normalize, orthogonalize
+from nanochat.optim.muon import POLAR_EXPRESS, muon_, normalize, orthogonalize, polar
 
 SHAPES = {
     "transformer.wte.weight": (40, 32),
@@ -162,6 +163,51 @@ def test_orthogonalize_flattens_the_spectrum(shape, dtype):
     values = torch.linalg.svdvals(X[0].float())
     assert values.min() > 0.8 and values.max() < 1.25
     assert spectrum.min() / spectrum.max() < 0.05
+
+
+@pytest.mark.parametrize("shape", [(32, 160), (160, 32), (128, 512)])
+def test_two_polar_steps_at_a_time_are_about_as_exact(shape):
+    """bf16 against the plain steps in fp64, beside bf16's own; spectra from even to very uneven."""
+    gen = torch.Generator().manual_seed(4)
+    short = min(shape)
+    left, _ = torch.linalg.qr(torch.randn(shape[0], short, generator=gen))
+    right, _ = torch.linalg.qr(torch.randn(shape[1], short, generator=gen))
+    for smallest in (0.0, -2.0, -4.0):
+        X = left * 10 ** torch.linspace(0, smallest, short) @ right.T
+        X = (X / (1.01 * X.norm()))[None]
+        exact, plain = X.double(), X.bfloat16()
+        for alpha, beta, gamma in POLAR_EXPRESS:
+            exact, plain = (
+                alpha * x + x @ (beta * (x.mT @ x) + gamma * (x.mT @ x) @ (x.mT @ x)) for x in (exact, plain)
+            )
+        ours = polar(X.bfloat16(), 5)
+        assert ours.dtype == torch.bfloat16 and ours.shape == X.shape and ours.is_contiguous()
+        # Muon+ sets the length anew, so it does not count
+        unit = [x.double() / x.double().norm() for x in (ours, plain, exact)]
+        assert (unit[0] - unit[2]).norm() < 1.6 * (unit[1] - unit[2]).norm() + 0.01
+        assert (polar(X, 5).double() - exact).norm() < 1e-4 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(24, 24), (40, 16), (16, 300)])
+def test_c_and_pytorch_make_the_same_muon_step(shape, dtype, monkeypatch):
+    if native.library() is None:
+        pytest.skip("no C compiler here")
+    results = []
+    for override in (None, False):
+        monkeypatch.setattr(native, "_override", override)
+        gen = torch.Generator().manual_seed(5)
+        weights, momentum = [torch.randn(shape, generator=gen) for _ in range(3)], torch.zeros(3, *shape)
+        second, version = torch.zeros(3, max(shape)), weights[0]._version
+        for _ in range(3):
+            grads = [torch.randn(shape, generator=gen) for _ in range(3)]
+            options = HYPER | {"ns_dtype": dtype}
+            muon_(weights, grads, momentum, second, **options, lr=0.02, weight_decay=0.3)
+        assert weights[0]._version > version
+        results.append((torch.stack(weights), momentum, second))
+    (W, M, S), (W0, M0, S0) = results
+    worst = 1e-5 if dtype == torch.float32 else 5e-3
+    assert relative(W, W0) < worst and relative(M, M0) < 1e-6 and relative(S, S0) < 20 * worst
 
 
 def test_normalize_keeps_the_length_of_muon_plus():

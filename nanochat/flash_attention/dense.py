@@ -6,7 +6,8 @@ it can see in one batched product, the softmax is one pass in place, and the wei
 backward pass
 where they are small (KEEP_BYTES), else made again. A window or a document is a pair of numbers for each
 query, never
-a mask. Scores are rounded to the dtype of q, as in any unfused attention. The sdpa tier calls this.
+a mask. Scores are rounded to the dtype of q, as in any unfused attention. The sdpa tier calls this; bf16
+goes on to tiles.py where the processor suits it.
 
 Letters: B rows, T queries, S keys, H query heads, K key/value heads, G = H / K, C queries of a chunk, E
 head size.
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanochat import native
+from nanochat.flash_attention import tiles
 from nanochat.flash_attention.intervals import Docs
 
 CHUNK = 128  # queries
@@ -29,10 +31,11 @@ KEEP_BYTES = 64 << 20  # of P in one call
 
 
 def suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether this path trains here: a CPU with the compiled kernels, gradients wanted, more than one
-    query."""
+    """Whether this path serves: a CPU with the compiled kernels, more than one query, gradients wanted or
+    tiles here (their forward pass alone is faster than torch's, too)."""
     wants = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return wants and q.shape[1] > 1 and native.ready(q[:1, :1, :1, :1].contiguous())
+    has_kernels = q.shape[1] > 1 and native.ready(q[:1, :1, :1, :1].contiguous())
+    return has_kernels and (wants or tiles.suits(q))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, left: int, right: int, doc_start_BT: Docs) -> Tensor:
@@ -40,7 +43,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, left: int, right: int, doc_start_BT:
 
     Every query must see a key: doc_start is at most its own position.
     """
-    return Dense.apply(q, k, v, left, right, doc_start_BT)
+    path = tiles.Tiles if tiles.suits(q) else Dense
+    return path.apply(q, k, v, left, right, doc_start_BT)
 
 
 class Dense(torch.autograd.Function):

@@ -2,10 +2,9 @@
 
 Each unit (one shape of Muon matrices, one large AdamW tensor, or the small AdamW tensors of a group) goes
 through reduce -> update -> gather. One process, gloo and NCCL share the path; alone, a unit works on the
-parameters and their gradients directly and needs no buffers. With several ranks the last backward pass of
-a step starts
-each unit's reduction as soon as its gradients are complete (`overlap`). Left out: gathers under the next
-forward.
+parameters and their gradients directly and needs no buffers. With several ranks the last backward pass of a
+step starts each unit's reduction as soon as its gradients are complete (`overlap`), and gathers may run on
+under the next forward pass (nanochat/optim/gathers.py).
 """
 
 import itertools
@@ -94,7 +93,7 @@ class Unit:
             self.mine = [part.view_as(t) for part, t in zip(parts, targets)]
         self.grads: list[torch.Tensor] = []
         self.work: Any = None
-        self.is_started = False
+        self.is_started, self.is_gathering = False, False
         self.missing = 0  # gradients that the last backward pass still owes
 
     def targets(self) -> list[torch.Tensor]:
@@ -126,10 +125,13 @@ class Unit:
         if self.full is not None and self.is_sharded:
             if self.mine:
                 torch._foreach_copy_(self.mine, self.targets())
-            self.work = self.ranks.all_gather(self.full)
+            self.work, self.is_gathering = self.ranks.all_gather(self.full), True
 
+    @torch.no_grad()
     def finish(self) -> None:
-        if self.full is not None and self.is_sharded:
+        """Wait for the gather that is under way, if one is, and take the weights."""
+        if self.is_gathering:
+            self.is_gathering = False
             self.work.wait()
             torch._foreach_copy_([p.detach().view(-1) for p in self.params], self.slots)
 
@@ -228,9 +230,8 @@ class MuonAdamW(torch.optim.Optimizer):
         self.units = sorted(units, key=lambda unit: -unit.numel)  # the longest transfers start first
         self.is_reduced = False
         self.is_overlapping, self.is_ordered = False, False
-        self.completed: list[
-            Unit
-        ] = []  # units in the order in which the first overlapped pass completed them
+        self.completed: list[Unit] = []  # in the order in which the first overlapped pass completed them
+        self.order_of_use: Callable[[Unit], int] | None = None  # gathers.overlap: they run on after update()
         if self.ranks.size > 1:
             for unit in self.units:
                 for p in unit.params:
@@ -244,6 +245,7 @@ class MuonAdamW(torch.optim.Optimizer):
         order that rank 0 observes in the first such pass. Nothing to do for one process.
         """
         self.is_overlapping = self.ranks.size > 1
+        self.finish()  # what this rank has not used: its buffers are needed now
         for unit in self.units:
             unit.missing = len(unit.params)
 
@@ -290,6 +292,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
         Consumes p.grad: alone, `scale` is applied to it in place.
         """
+        self.finish()
         for unit in self.units:
             if not unit.is_started:
                 unit.reduce()
@@ -311,13 +314,18 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Step with the gradients of the last `reduce`, then share the new weights."""
+        """Step with the gradients of the last `reduce`, then share the new weights; see gathers.overlap."""
         if not self.is_reduced:
             raise ValueError("update() needs reduced gradients; call reduce() before every update()")
         self.is_reduced = False
-        for unit in self.units:
+        for unit in self.units if self.order_of_use is None else sorted(self.units, key=self.order_of_use):
             unit.update()
             unit.gather()
+        if self.order_of_use is None:
+            self.finish()
+
+    def finish(self) -> None:
+        """Have all weights complete; before they are read otherwise than by the model's forward pass."""
         for unit in self.units:
             unit.finish()
 

@@ -91,6 +91,8 @@ class TrainLog:
         self.bar: Any = None
         self.quiet = quiet
 
+    reads_weights = False
+
     def __call__(self, state: TrainState) -> None:
         per_second = state.step_tokens / max(state.step_seconds, 1e-9)
         used = None if self.peak_flops is None else per_second * self.flops_per_token / self.peak_flops

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from nanochat.errors import Interrupted, UserError
+from nanochat.optim import gathers
 from nanochat.optim.schedule import (
     linear_to_zero,
     lr_factor,
@@ -106,11 +107,22 @@ Hook = Callable[[TrainState], None]
 def every(n: int, do: Hook) -> Hook:
     """A hook that runs after every n-th step and after the last one; never for n = 0."""
 
+    def is_due(state: TrainState) -> bool:
+        return n > 0 and (state.step % n == 0 or state.step == state.num_steps)
+
     def hook(state: TrainState) -> None:
-        if n > 0 and (state.step % n == 0 or state.step == state.num_steps):
+        if is_due(state):
             do(state)
 
+    hook.reads_weights = is_due  # type: ignore[attr-defined]
     return hook
+
+
+def reads_weights(hook: Hook, state: TrainState) -> bool:
+    """Whether a hook may look at weights other than by forward passes and state_dict(); if it does not say,
+    yes."""
+    says = getattr(hook, "reads_weights", True)
+    return says(state) if callable(says) else says
 
 
 class Signals:
@@ -177,6 +189,7 @@ def fit(
     gc.collect()
     gc.freeze()
     gc.disable()  # its pauses cost minutes in a long run; collected by hand below
+    end_gathers = _overlap_gathers(model, optimizer, rt)
     try:
         with Signals() as signals:
             while state.step < num_steps:
@@ -184,6 +197,8 @@ def fit(
                     _step(model, optimizer, rows, accum, schedule(state.step), rt, state, allow_empty, watch)
                 state.step += 1
                 state.stopping = rt.any(signals.received is not None)
+                if rt.world_size > 1 and any(reads_weights(hook, state) for hook in hooks):
+                    optimizer.finish()
                 for hook in hooks:
                     hook(state)
                 if state.stopping and state.step < num_steps:
@@ -191,10 +206,22 @@ def fit(
                     raise Interrupted(f"{who} at step {state.step}; run the same command to continue")
                 if state.step % 1000 == 0:
                     gc.collect()
+        end_gathers()
     finally:
         gc.enable()
         gc.unfreeze()
     return state
+
+
+def _overlap_gathers(model: Any, optimizer: Any, rt: Runtime) -> Callable[[], None]:
+    """Begin what --speed=gather asks for; returns what ends it."""
+    if rt.world_size == 1 or not getattr(model, "overlaps_gathers", False):
+        return lambda: None
+    reason = gathers.why_not(model)
+    if reason is not None:
+        rt.say(f"speed: weights are gathered before the next step, because {reason}")
+        return lambda: None
+    return gathers.overlap(optimizer, model)
 
 
 def _step(

@@ -1,8 +1,9 @@
-"""Ways to trade set-up time, memory or rounding for speed: --speed=compile,checkpoint,fp8 of base_train.
+"""Ways to trade set-up time, memory or rounding for speed: --speed=compile,checkpoint,fp8,gather.
 
     compile     each layer through torch.compile (two to four graphs, not one per layer); pays on GPUs
-    checkpoint  a layer's activations are computed again in the backward pass: about a third more work, far
-    less memory fp8         linear layers in 8 bits (sm_89 and later); pays from about depth 20
+    checkpoint  a layer's activations are computed again in the backward: a third more work, far less memory
+    fp8         linear layers in 8 bits (sm_89 and later); pays from about depth 20
+    gather      several ranks: new weights travel under the next forward pass, each layer waits for its own
 
 What cannot be had here is said with its reason: compile falls back to eager, fp8 is an error, since it is
 asked for by name and changes results.
@@ -20,7 +21,7 @@ from nanochat import fp8
 from nanochat.errors import UserError
 from nanochat.runtime import Runtime
 
-KINDS = ("compile", "checkpoint", "fp8")
+KINDS = ("compile", "checkpoint", "fp8", "gather")
 
 
 def apply(model: Any, speed: str, rt: Runtime, backend: str = "inductor") -> None:
@@ -32,6 +33,7 @@ def apply(model: Any, speed: str, rt: Runtime, backend: str = "inductor") -> Non
             f"--speed knows {', '.join(KINDS)}, found {', '.join(wrong)}", "leave --speed out for none"
         )
     model.is_checkpointed = "checkpoint" in chosen
+    model.overlaps_gathers = "gather" in chosen
     if "fp8" in chosen:
         rt.say(f"speed: {fp8.convert(model)} linear layers train in fp8")
     if "compile" in chosen:

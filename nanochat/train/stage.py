@@ -211,6 +211,8 @@ class Saver:
         self.stage, self.n, self.model, self.optimizer, self.keep = stage, n, model, optimizer, keep
         self.resumed_from, self.meta, self.failures = resumed_from, stage.meta() | meta, 0
 
+    reads_weights = False  # other than by state_dict()
+
     def __call__(self, state: TrainState) -> None:
         last = state.step == state.num_steps
         if not (last or state.stopping or (self.n > 0 and state.step % self.n == 0)):

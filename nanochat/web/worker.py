@@ -168,7 +168,8 @@ class Worker:
         self._end_all((503, "the server is stopping"))
 
     def _new_batch(self) -> Any:
-        return self.engine.open_batch(self._num_rows, self.engine.context)
+        how = {"in_bursts": True} if self.engine.speculate else {}
+        return self.engine.open_batch(self._num_rows, self.engine.context, **how)
 
     def _joining(self) -> list[tuple[Job, int]]:
         """Those who enter now, in the order of their arrival; who has waited too long is sent away."""
