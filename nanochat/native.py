@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -106,44 +107,30 @@ def explain() -> str:
 
 @cache
 def _build() -> tuple[ctypes.CDLL | None, str]:
-    return build(SOURCE, SIGNATURES)
+    return build(SOURCES, SIGNATURES)
 
 
-def build(source: Path, signatures: dict[str, str]) -> tuple[ctypes.CDLL | None, str]:
-    """The library of any such file: (None, why) where it cannot be had; the caller keeps the answer."""
+def build(sources: Sequence[Path], signatures: dict[str, str]) -> tuple[ctypes.CDLL | None, str]:
+    """The library of any such files: (None, why) where it cannot be had; the caller keeps the answer."""
     compiler = os.environ.get("CC") or next((name for name in COMPILERS if shutil.which(name)), None)
     if compiler is None:
         return _without("there is no C compiler (cc, gcc or clang)")
     machine = f"{compiler} {cpu_name()} {cpu_features()} {torch.__version__} {sys.platform}"
-<<<<<<< HEAD
-    recipe = f"{machine} {FLAGS} {TUNING}".encode() + source.read_bytes()
-    name = f"{source.stem}-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
+    recipe = f"{machine} {FLAGS} {TUNING}".encode() + b"".join(source.read_bytes() for source in sources)
+    name, home = f"{sources[0].stem}-{hashlib.sha256(recipe).hexdigest()[:16]}.so", sources[0].parent
     problem = ""
-    for folder in (source.parent / "__pycache__", Path(tempfile.gettempdir()) / f"nanochat-{os.getuid()}"):
-=======
-    recipe = f"{machine} {FLAGS} {TUNING}".encode() + b"".join(source.read_bytes() for source in SOURCES)
-    name = f"kernels-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
-    problem = ""
-    for folder in (
-        SOURCES[0].parent / "__pycache__",
-        Path(tempfile.gettempdir()) / f"nanochat-{os.getuid()}",
-    ):
->>>>>>> train
+    for folder in (home / "__pycache__", Path(tempfile.gettempdir()) / f"nanochat-{os.getuid()}"):
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
             if folder.stat().st_uid != os.getuid():
                 raise OSError(f"{folder} belongs to somebody else")
             if not (folder / name).exists():
-                _compile(compiler, source, folder / name)
+                _compile(compiler, sources, folder / name)
             lib = ctypes.CDLL(str(folder / name))
             for function, letters in signatures.items():
                 getattr(lib, function).argtypes = [TYPES[letter] for letter in letters]
                 getattr(lib, function).restype = None
-<<<<<<< HEAD
-            return lib, f"{source.name}, built with {compiler}"
-=======
-            return lib, f"{', '.join(source.name for source in SOURCES)}, built with {compiler}"
->>>>>>> train
+            return lib, f"{', '.join(source.name for source in sources)}, built with {compiler}"
         except (OSError, AttributeError, subprocess.SubprocessError) as error:
             problem = str(error).strip().splitlines()[-1]
     return _without(f"{compiler} failed: {problem}")
@@ -155,17 +142,13 @@ def _without(reason: str) -> tuple[None, str]:
     return None, said
 
 
-def _compile(compiler: str, source: Path, path: Path) -> None:
+def _compile(compiler: str, sources: Sequence[Path], path: Path) -> None:
     """Build at a temporary name, then rename: several processes may do it at once. OSError if nothing
     works."""
     temporary, said = path.with_name(f"{path.stem}-{os.getpid()}.tmp"), ""
     try:
         for tuning in TUNING:
-<<<<<<< HEAD
-            command = [*compiler.split(), *FLAGS, *tuning, "-o", str(temporary), str(source), "-lm"]
-=======
-            command = [*compiler.split(), *FLAGS, *tuning, "-o", str(temporary), *map(str, SOURCES), "-lm"]
->>>>>>> train
+            command = [*compiler.split(), *FLAGS, *tuning, "-o", str(temporary), *map(str, sources), "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, timeout=120)
             if done.returncode == 0:
                 os.replace(temporary, path)

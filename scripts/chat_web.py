@@ -71,8 +71,8 @@ def serve(settings: Settings, keys: list[str], hosts: list[str], door: Door, whe
     from nanochat.web.serving import make_server, settle
 
     opened = open_engine(
-        Home.find(settings.home), settings.tag, settings.stage, settings.step, settings.device, settings.dtype,
-        settings.speculate,
+        Home.find(settings.home), settings.tag, settings.stage, settings.step, settings.device,
+        settings.dtype, settings.speculate,
     )  # fmt: skip
     app = create_app(
         replicas(opened.engine, settings.replicas),

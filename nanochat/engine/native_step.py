@@ -65,7 +65,7 @@ class CNet(ctypes.Structure):
 
 @cache
 def _build() -> ctypes.CDLL | None:
-    return native.build(SOURCE, SIGNATURES)[0]
+    return native.build((SOURCE,), SIGNATURES)[0]
 
 
 def library() -> ctypes.CDLL | None:
