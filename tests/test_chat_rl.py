@@ -50,17 +50,17 @@ def rows(where: Home, *keys: str) -> list[dict[str, Any]]:
 
 
 def test_the_reward_rises_and_facts_are_left(ready: Home) -> None:
-    chat_rl.main([*FLAGS, "--steps=30", "--questions=4", "--samples=8", "--lr-scale=20", "--eval-every=15"])
+    chat_rl.main([*FLAGS, "--steps=60", "--questions=4", "--samples=8", "--lr-scale=8", "--eval-every=30"])
     rewards = [row["reward"] for row in rows(ready, "reward", "kl", "same_frac", "answer_tokens")]
-    assert len(rewards) == 30 and sum(rewards[-6:]) / 6 > sum(rewards[:6]) / 6 + 0.1, rewards
+    assert len(rewards) == 60 and sum(rewards[-6:]) / 6 > sum(rewards[:6]) / 6 + 0.1, rewards
     assert [row["step"] for row in rows(ready, "accuracy", "accuracy_short", "pass_at_2_short")] == [
         0,
-        15,
         30,
+        60,
     ]
     result = read_json(ready.result_file("main", "rl"))
     assert result["reward"] == pytest.approx(sum(rewards[-10:]) / 10) and result["parent"] == ["sft", "k", 7]
-    assert result["steps"] == 30 and "accuracy" in result["before"] and result["num_questions"] == 6
+    assert result["steps"] == 60 and "accuracy" in result["before"] and result["num_questions"] == 6
     assert models.newest_stage(ready, "main") == "rl"
 
 
