@@ -31,7 +31,7 @@ def ask(text):  # what the model shall say follows from the question
     if text.startswith("short"):
         model.say("begin " + "some words " * 6 + "end", delay_seconds=0.02)
     elif text.startswith("slow"):
-        model.say("begin " + "never ending words " * 30, delay_seconds=0.02)
+        model.say("begin " + "never ending words " * 30, delay_seconds=0.1)
     else:
         model.say("you said: " + text)
     return real(text)
