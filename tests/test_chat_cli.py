@@ -201,9 +201,11 @@ def test_later_turns_compute_only_what_is_new() -> None:
     pieces = list(fresh.ask("hello again"))
     assert fresh.last is not None and fresh.last.num_cached == 0
     assert fresh.last.output == session.last.output and pieces
+    last = session.last
     shown = talk(session, "/tokens", "/clear", "/tokens")
-    assert "of 300 tokens; the last answer: 30 in" in shown and "the conversation has 0 of 300" in shown
-    assert f"{session.last.num_cached} of {len(session.last.prompt)} before it known already" in shown
+    assert "of 300 tokens; the last answer: 30 in" in shown and shown.count("the last answer") == 1
+    assert f"{last.num_cached} of {len(last.prompt)} before it known already" in shown
+    assert "the conversation has 0 of 300" in shown and session.last is None
 
 
 def test_an_interrupted_turn_leaves_a_working_session(monkeypatch: pytest.MonkeyPatch) -> None:

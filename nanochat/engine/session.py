@@ -236,6 +236,7 @@ class Session:
             return HELP
         if command == "/clear":
             self.messages.clear()
+            self.last = None
             return "a new conversation"
         if command == "/tokens":
             return self._counts()
