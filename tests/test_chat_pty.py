@@ -17,7 +17,7 @@ from nanochat.engine.terminal import Wrapper
 
 pty = pytest.importorskip("pty", reason="not run: this system has no pseudo-terminals")
 PROGRAM = """
-import fcntl, sys, termios
+import fcntl, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C comes from this terminal
 from pathlib import Path
 from script_model import Script, TOK
@@ -36,6 +36,7 @@ def ask(text):  # what the model shall say follows from the question
         model.say("you said: " + text)
     return real(text)
 session.ask = ask
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 converse(session, reader(Path(sys.argv[1]), COMMANDS), speaker())
 print("GONE", len(session.messages))
 """
