@@ -10,13 +10,11 @@ is the FLOPs of Muon's products over the matrix rate of the machine in the dtype
 from __future__ import annotations
 
 import argparse
-import csv
 import time
-from pathlib import Path
 
 import torch
 
-from benchmarks.bench_train import record_path
+from benchmarks.bench_train import write_rows
 from benchmarks.plain_loop import PlainOptimizer
 from nanochat import hardware, runtime, scaling
 from nanochat.gpt import GPT, GPTConfig
@@ -88,12 +86,7 @@ def main() -> None:
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
     if args.csv:
-        path = record_path("optim") if args.csv == "auto" else Path(args.csv)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(rows, args.csv, "optim")
 
 
 if __name__ == "__main__":

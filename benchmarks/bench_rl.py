@@ -12,7 +12,6 @@ differences for the points. CPU seconds are those of the stage `rl`, without the
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import sys
 import time
@@ -96,14 +95,9 @@ def main() -> None:
         for row in rows[-3:]:
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     if args.csv:
-        from bench_train import record_path
+        from bench_train import write_rows
 
-        path = Path(args.csv) if args.csv != "auto" else record_path("rl")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(rows, args.csv, "rl")
 
 
 if __name__ == "__main__":

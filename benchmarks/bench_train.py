@@ -159,12 +159,17 @@ def main() -> None:
                 rows.append(row)
                 print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     if args.csv:
-        path = Path(args.csv) if args.csv != "auto" else record_path("train")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(rows, args.csv, "train")
+
+
+def write_rows(rows: list[dict[str, Any]], where: str, name: str) -> None:
+    """A csv file of rows with the same keys at `where`, or at record_path(name) for "auto"."""
+    path = record_path(name) if where == "auto" else Path(where)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def record_path(name: str) -> Path:

@@ -10,6 +10,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "exponential.h"
+
 #define EXPORT __attribute__((visibility("default")))
 #define ROW(p, i, n, half) ((char *)(p) + (size_t)(i) * (size_t)(n) * ((half) ? 2 : 4))
 #ifdef _OPENMP
@@ -41,24 +43,6 @@ static inline void store(const float *from, void *to, int64_t n, int half) {
         uint32_t u = bits[i], rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
         h[i] = (uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : rounded);
     }
-}
-
-/* e^x within 2 units in the last place for -87 <= x <= 88, clamped outside. */
-static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float k = rintf(x * 1.44269504088896f);
-    float r = x - k * 0.693359375f + k * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    int32_t bits = ((int32_t)k + 127) << 23;
-    float scale;
-    memcpy(&scale, &bits, 4);
-    return p * scale;
 }
 
 /* Scratch of one thread: `count` fp32 rows of n. */

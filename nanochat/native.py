@@ -29,6 +29,7 @@ from torch import Tensor
 from nanochat.hardware import cpu_features, cpu_name
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "attention.c", "optim.c"))
+HEADERS = (Path(__file__).with_name("exponential.h"),)  # which any of the C files may include
 COMPILERS = ("cc", "gcc", "clang")
 # Sums may be reordered and products fused; infinities and NaN keep their meaning (so no -ffast-math).
 MATH = ("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros")
@@ -116,7 +117,8 @@ def build(sources: Sequence[Path], signatures: dict[str, str]) -> tuple[ctypes.C
     if compiler is None:
         return _without("there is no C compiler (cc, gcc or clang)")
     machine = f"{compiler} {cpu_name()} {cpu_features()} {torch.__version__} {sys.platform}"
-    recipe = f"{machine} {FLAGS} {TUNING}".encode() + b"".join(source.read_bytes() for source in sources)
+    texts = [path.read_bytes() for path in (*HEADERS, *sources)]
+    recipe = f"{machine} {FLAGS} {TUNING}".encode() + b"".join(texts)
     name, home = f"{sources[0].stem}-{hashlib.sha256(recipe).hexdigest()[:16]}.so", sources[0].parent
     problem = ""
     for folder in (home / "__pycache__", Path(tempfile.gettempdir()) / f"nanochat-{os.getuid()}"):

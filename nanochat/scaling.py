@@ -133,9 +133,10 @@ def plan(
     Raises ValueError for sizes that cannot be, and for a batch that ranks * device_batch * T does not divide.
     """
     for name, value in list(locals().items()):
-        least_is_zero = name == "bigram_rows" and value == 0
-        if isinstance(value, (int, float)) and not 0 < value < math.inf and not least_is_zero:
+        if isinstance(value, (int, float)) and not 0 < value < math.inf and name != "bigram_rows":
             raise ValueError(f"{name} must be above 0, found {value}")
+    if bigram_rows < 0:
+        raise ValueError(f"bigram_rows must be at least 0, found {bigram_rows}")
     if head_dim % 2:
         raise ValueError(f"head_dim must be even, found {head_dim}")
     width, heads = shape(depth, aspect, head_dim)

@@ -100,5 +100,5 @@ def test_rule_and_counts() -> None:
     with torch.device("meta"):
         net = GPT(GPTConfig(**p.config()))
     assert net.num_scaling_params()["total"] == p.params_total and net.estimate_flops() == p.flops_per_token
-    with pytest.raises(ValueError, match="bigram_rows must be above 0"):
+    with pytest.raises(ValueError, match="bigram_rows must be at least 0"):
         scaling.plan(2, bigram_rows=-5)

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from chain_server import CALL, END, REST, TOK, Chain, Client, counter_app, until
 from nanochat import chat
 from nanochat.engine import Engine
 from nanochat.errors import UserError
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.web import openai
 from nanochat.web.gate import MAX_BODY_BYTES
 from nanochat.web.openai import ChatRequest
@@ -39,6 +41,45 @@ def counter() -> Iterator[Client]:
 
 
 # ---------------------------------------------------------------- answers
+
+
+def test_guessing_ahead_changes_no_answer() -> None:
+    """A random network that soon repeats itself, so that guesses come true; whole and streamed."""
+    said, passes = [], []
+    for speculate in (0, 4):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(300, TOK.get_vocab_size(), 2, 2, 1, 32, "SL"))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn(parameter.shape) * 0.3)
+        engine = Engine(model.eval(), TOK, speculate=speculate)
+        opened, counts = engine.open_batch, [0]
+
+        def open_batch(*args: Any, opened: Any = opened, counts: list[int] = counts, **how: Any) -> Any:
+            batch = opened(*args, **how)
+            compute = batch.compute
+
+            def counted() -> None:
+                counts[0] += 1
+                compute()
+
+            batch.compute = counted
+            return batch
+
+        engine.open_batch = open_batch  # type: ignore[method-assign]
+        client = Client(create_app(engine, "main-sft"))
+        try:
+            fields = {"temperature": 0, "max_tokens": 120}
+            _, _, body = client.ask(**fields)
+            streamed = client.stream(**fields)
+        finally:
+            client.close()
+        choice = body["choices"][0]
+        text = "".join(e["choices"][0]["delta"].get("content") or "" for e in streamed if e["choices"])
+        said.append((choice["message"], choice["finish_reason"], body["usage"]["completion_tokens"], text))
+        passes.append(counts[0])
+    assert said[0] == said[1] and said[0][2] > 60
+    assert passes[1] < 0.8 * passes[0]
 
 
 PARTS = [

@@ -10,6 +10,8 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "../exponential.h"
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -246,24 +248,6 @@ static SEPARATE void norm(const float *x, float *y, int64_t n, float eps) {
 }
 
 static inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-
-/* e^x for x <= 0 within 2 units in the last place; what is below e^-87 is as good as nothing. */
-static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    float k = rintf(x * 1.44269504088896f);
-    float r = x - k * 0.693359375f + k * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    int32_t power = ((int32_t)k + 127) << 23;
-    float scale;
-    memcpy(&scale, &power, 4);
-    return p * scale;
-}
 
 /* RoPE by halves and QK-norm of one head, from x to y (another place). */
 static SEPARATE void turn(const float *x, float *y, const float *cos, const float *sin, const Net *net) {

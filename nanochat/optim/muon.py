@@ -48,7 +48,8 @@ def polar(X: torch.Tensor, ns_steps: int) -> torch.Tensor:
     """The Polar Express steps on X (n, R, C), in its dtype.
 
     Long bf16 matrices take two steps at a time: with Q = αI + βA + γA² of A = XXᵀ, the next A is QAQ, which
-    costs products of the short side alone. Errors are 0.8 to 1.5 times those of single bf16 steps (a test).
+    costs products of the short side alone. Up to a common length, which Muon+ removes, errors stay within
+    1.6 times those of single bf16 steps and 0.01 (a test).
     """
     num_rows, num_cols = X.shape[1:]
     if num_rows > 2 * num_cols and X.dtype == torch.bfloat16:
@@ -111,16 +112,15 @@ def muon_(
 ) -> None:
     """One step in place on `weights` (list of R × C) and the two stacked states."""
     num_rows, num_cols = momentum_nRC.shape[1:]
+    lr = lr * max(1.0, num_rows / num_cols) ** 0.5
     if native.ready(momentum_nRC, *weights, *grads):
-        lr = lr * max(1.0, num_rows / num_cols) ** 0.5
-        decay = lr, weight_decay
-        _native(weights, grads, momentum_nRC, second_nL, momentum, beta2, ns_steps, ns_dtype, decay)
+        rates = lr, weight_decay
+        _native(weights, grads, momentum_nRC, second_nL, momentum, beta2, ns_steps, ns_dtype, rates)
         return
     torch._foreach_lerp_(list(momentum_nRC.unbind()), grads, 1 - momentum)
     nesterov_nRC = momentum_nRC * momentum
     torch._foreach_add_(list(nesterov_nRC.unbind()), grads, alpha=1 - momentum)
     U_nRC = normalize(orthogonalize(nesterov_nRC, ns_steps, ns_dtype), second_nL, beta2)
-    lr = lr * max(1.0, num_rows / num_cols) ** 0.5
     if weight_decay:
         # nesterov_nRC serves as scratch: W·[U∘W >= 0], decay only where the step already shrinks the weight.
         W_nRC = torch.stack(weights, out=nesterov_nRC)
