@@ -185,8 +185,10 @@ def test_health_in_odd_shapes(server: Client) -> None:
             for piece in pieces:
                 line.sendall(piece)
                 until(lambda: not server.server.door._waiting)
-            reply = line.recv(4000)
-            assert reply.startswith(b"HTTP/1.1 200 OK\r\n") and b'"status"' in reply + line.recv(4000), pieces
+            reply = b""
+            while b'"status"' not in reply and (part := line.recv(4000)):
+                reply += part
+            assert reply.startswith(b"HTTP/1.1 200 OK\r\n") and reply.endswith(b"}"), pieces
     for head, status in (
         (b"GET /health HTTP/1.1\r\n\r\n", b" 400 "),
         (b"GET /health HTTP/1.1\r\nHost: evil.example\r\n\r\n", b" 403 "),
