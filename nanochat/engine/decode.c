@@ -1,10 +1,10 @@
-/* A few tokens through all layers of a GPT on a CPU, in one call: what generating one answer waits for.
+/* Tokens of any sequences through all layers of a GPT on a CPU, in one call: what generating waits for.
  *
  * nanochat/engine/native_step.py compiles and calls this file; nanochat/engine/network.py holds the same
- * function in PyTorch, its oracle. A weight matrix is read once for all tokens, from the first to the last
- * byte, as fp32, bf16 or int8 (codes times a scale per row); everything else is fp32. What is computed for a
- * token does not depend on the other tokens or on the number of threads, not in the last bit: every sum has
- * one order. Letters as in network.py: N tokens, D width, H query and K key/value heads, E head size.
+ * function in PyTorch, its oracle. A weight matrix is read once for all tokens (products.h); everything but the
+ * products is fp32. What is computed for a token does not depend on the other tokens or on the number of threads, not
+ * in the last bit: every sum has one order. Letters as in network.py: D width, H query and K key/value heads, E head
+ * size.
  */
 #include <math.h>
 #include <stdint.h>
@@ -12,41 +12,10 @@
 #include <string.h>
 
 #include "../exponential.h"
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
+#include "products.h"
 
 #define EXPORT __attribute__((visibility("default")))
-#define LANES 16
-#define AHEAD 2048 /* bytes */
-#define ROWS_AT_ONCE 32
-#define SEPARATE __attribute__((noinline)) /* else copies of it take seconds to compile */
-#define UNROLL _Pragma("GCC unroll 4")
-#ifdef _OPENMP
-#define TEAM _Pragma("omp parallel num_threads(threads)")
-#define EACH _Pragma("omp for schedule(static)")
-#define SHARES _Pragma("omp for schedule(dynamic)")
-#else
-#define TEAM
-#define EACH
-#define SHARES
-#endif
-
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef float eight __attribute__((vector_size(32)));
-typedef float four __attribute__((vector_size(16)));
-typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
-typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-typedef int8_t codes __attribute__((vector_size(LANES)));
-
-enum { FP32, BF16, INT8 };
-
-typedef struct {
-    const void *data;   /* (rows, cols) */
-    const float *scale; /* (rows), int8 only */
-    int64_t kind, rows, cols;
-} Matrix;
+#define TOGETHER 4 /* tokens of a sequence that attend together */
 
 typedef struct {
     Matrix qkv, proj, fc, out;
@@ -68,161 +37,17 @@ typedef struct {
     float smear, backout, qk_scale, eps;
 } Net;
 
-static inline vec vec_at(const float *p) {
-    vec v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-
-static inline int64_t size_of(int kind) { return kind == FP32 ? 4 : kind == BF16 ? 2 : 1; }
-
-static inline vec widen_bf16(const void *p) {
-#ifdef __AVX512F__ /* what compilers make of the lines below is slower */
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
-    return (vec)_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-#else
-    halves h;
-    memcpy(&h, p, sizeof h);
-    bits wide = __builtin_convertvector(h, bits) << 16;
-    vec v;
-    memcpy(&v, &wide, sizeof v);
-    return v;
-#endif
-}
-
-static inline vec widen_int8(const void *p) {
-#ifdef __AVX512F__
-    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
-#else
-    codes c;
-    memcpy(&c, p, sizeof c);
-    return __builtin_convertvector(__builtin_convertvector(c, ints), vec);
-#endif
-}
-
-static inline vec weights_at(const char *row, int64_t j, int kind) {
-    return kind == FP32   ? vec_at((const float *)(const void *)row + j)
-           : kind == BF16 ? widen_bf16(row + 2 * j)
-                          : widen_int8(row + j);
-}
-
-static inline float weight_at(const char *row, int64_t j, int kind) {
-    if (kind == FP32) return ((const float *)(const void *)row)[j];
-    if (kind == INT8) return (float)((const int8_t *)row)[j];
-    uint32_t u = (uint32_t)((const uint16_t *)(const void *)row)[j] << 16;
-    float f;
-    memcpy(&f, &u, 4);
-    return f;
-}
-
-static inline float sum_of(vec v) {
-    eight a[2];
-    four b[2];
-    memcpy(a, &v, sizeof v);
-    a[0] += a[1];
-    memcpy(b, a, sizeof b);
-    b[0] += b[1];
-    return (b[0][0] + b[0][2]) + (b[0][1] + b[0][3]);
-}
-
-/* The columns that fill no vector. */
-static SEPARATE float rest_of(const char *row, const float *x, int64_t j, int64_t cols, int kind) {
-    float sum = 0;
-    for (; j < cols; j++) sum += weight_at(row, j, kind) * x[j];
-    return sum;
-}
-
-/* Products of `num` <= 2 rows with `count` <= 4 rows of x -> found[row][n]: two sums each, always added in the same
- * order. */
-static inline __attribute__((always_inline)) void dots(const char *row, int num, const float *x, int64_t cols, int kind,
-                                                       int count, float found[2][4]) {
-    int64_t size = size_of(kind), j = 0;
-    vec sums[2][4][2];
-    UNROLL
-    for (int r = 0; r < num; r++)
-        UNROLL
-        for (int n = 0; n < count; n++) sums[r][n][0] = sums[r][n][1] = (vec){0};
-    for (; j + 2 * LANES <= cols; j += 2 * LANES) {
-        UNROLL
-        for (int part = 0; part < 2; part++) {
-            vec w[2];
-            UNROLL
-            for (int r = 0; r < num; r++) w[r] = weights_at(row + r * cols * size, j + part * LANES, kind);
-            UNROLL
-            for (int n = 0; n < count; n++) {
-                vec v = vec_at(x + n * cols + j + part * LANES);
-                UNROLL
-                for (int r = 0; r < num; r++) sums[r][n][part] += w[r] * v;
-            }
-        }
-        UNROLL
-        for (int r = 0; r < num; r++)
-            for (int64_t line = 0; line < 2 * LANES * size; line += 64)
-                __builtin_prefetch(row + (r * cols + j) * size + AHEAD + line, 0, 3);
-    }
-    for (; j + LANES <= cols; j += LANES)
-        UNROLL
-        for (int n = 0; n < count; n++)
-            UNROLL
-            for (int r = 0; r < num; r++)
-                sums[r][n][0] += weights_at(row + r * cols * size, j, kind) * vec_at(x + n * cols + j);
-    UNROLL
-    for (int r = 0; r < num; r++)
-        UNROLL
-        for (int n = 0; n < count; n++) {
-            found[r][n] = sum_of(sums[r][n][0] + sums[r][n][1]);
-            if (j < cols) found[r][n] += rest_of(row + r * cols * size, x + n * cols, j, cols, kind);
-        }
-}
-
-enum { STORE, ADD, RELU_SQUARED };
-
-static inline __attribute__((always_inline)) void rows_of(const Matrix *m, const float *x, int64_t count, float *y,
-                                                          int end, int64_t first, int64_t last, int kind) {
-    int64_t cols = m->cols;
-    int num = 1;
-    for (int64_t at = first; at < last; at += num) {
-        const char *row = (const char *)m->data + at * cols * size_of(kind);
-        num = count > 1 && at + 1 < last ? 2 : 1;
-        for (int64_t n = 0; n < count; n += 4) {
-            float found[2][4];
-            const float *v = x + n * cols;
-            int few = (int)(count - n < 4 ? count - n : 4);
-            if (num == 2 && few == 4) dots(row, 2, v, cols, kind, 4, found);
-            else if (num == 2 && few == 2) dots(row, 2, v, cols, kind, 2, found);
-            else for (int i = 0; i < few; i++)
-                for (int r = 0; r < num; r++) {
-                    float one[2][4];
-                    dots(row + r * cols * size_of(kind), 1, v + i * cols, cols, kind, 1, one);
-                    found[r][i] = one[0][0];
-                }
-            for (int r = 0; r < num; r++)
-                for (int i = 0; i < few; i++) {
-                    float *to = y + (n + i) * m->rows + at + r;
-                    float value = kind == INT8 ? m->scale[at + r] * found[r][i] : found[r][i];
-                    if (end == ADD) *to += value;
-                    else if (end == RELU_SQUARED) *to = value > 0 ? value * value : 0.0f;
-                    else *to = value;
-                }
-        }
-    }
-}
-
-/* x (count, cols) -> y (count, rows), called by every thread of a team. */
-static SEPARATE void product(const Matrix *m, const float *x, int64_t count, float *y, int end) {
-    int64_t shares = (m->rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
-    SHARES
-    for (int64_t s = 0; s < shares; s++) {
-        int64_t first = s * ROWS_AT_ONCE, last = first + ROWS_AT_ONCE < m->rows ? first + ROWS_AT_ONCE : m->rows;
-        if (m->kind == FP32) rows_of(m, x, count, y, end, first, last, FP32);
-        else if (m->kind == BF16) rows_of(m, x, count, y, end, first, last, BF16);
-        else rows_of(m, x, count, y, end, first, last, INT8);
-    }
-}
+static inline int64_t room(int64_t count, int64_t cols) { return count * ((cols + 1) / 2); } /* bf16 in floats */
 
 EXPORT void multiply(const Matrix *m, const float *x, int64_t count, float *y, int32_t threads) {
-    TEAM { product(m, x, count, y, STORE); }
+    uint16_t *half = is_narrowed(m) ? malloc((size_t)room(count, m->cols) * 4) : NULL;
+    if (is_narrowed(m) && !half) abort();
+    TEAM { product(m, x, count, y, STORE, half); }
+    free(half);
 }
+
+/* Kinds of which any number of rows is fast, as bits; the others are for a few. */
+EXPORT void tiles(int64_t *kinds) { *kinds = TILES << FP32 | PAIRS << BF16 | PAIRS << INT8; }
 
 static SEPARATE void load_row(const void *table, int64_t row, int64_t n, int half, float *to) {
     const char *from = (const char *)table + row * n * (half ? 2 : 4);
@@ -259,45 +84,137 @@ static SEPARATE void turn(const float *x, float *y, const float *cos, const floa
     }
 }
 
-/* One query head over the keys that its token sees -> y (E). table: the blocks of the token's sequence. */
-static SEPARATE void attend(const Net *net, const Layer *layer, const float *q, int64_t head, const int32_t *table,
-                   int64_t position, float *scores, float *y) {
-    int64_t E = net->head_dim, K = net->num_kv_heads, B = net->block_size, stride = 2 * K * E;
-    int64_t k = head / (net->num_heads / K);
-    int64_t first = layer->window < 0 || position < layer->window ? 0 : position - layer->window;
-    float scale = 1.0f / sqrtf((float)E), largest = -INFINITY, total = 0;
-    for (int64_t p = first; p <= position; p++) {
-        const float *key = layer->kv + (table[p / B] * B + p % B) * stride + k * E;
-        float s = scale * dot(q, key, E);
-        scores[p - first] = s;
-        largest = s > largest ? s : largest;
-    }
-    int64_t count = position - first + 1;
-    for (int64_t i = 0; i < count; i++) scores[i] = exponential(scores[i] - largest);
-    for (int64_t i = 0; i < count; i++) total += scores[i];
-    memset(y, 0, (size_t)E * 4);
-    for (int64_t p = first; p <= position; p++) {
-        const float *value = layer->kv + (table[p / B] * B + p % B) * stride + (K + k) * E;
-        float w = scores[p - first];
-        for (int64_t j = 0; j < E; j++) y[j] += w * value[j];
-    }
-    for (int64_t j = 0; j < E; j++) y[j] /= total;
+static SEPARATE float softmax(float *scores, int64_t n, float scale) { /* -> the sum, not yet divided by */
+    float largest = -INFINITY, total = 0;
+    for (int64_t i = 0; i < n; i++) largest = scores[i] > largest ? scores[i] : largest;
+    for (int64_t i = 0; i < n; i++) scores[i] = exponential(scale * (scores[i] - largest));
+    for (int64_t i = 0; i < n; i++) total += scores[i];
+    return total;
 }
 
-/* ids, prev (-1: none), positions (count); pairs (count, D), added to the embeddings, or NULL; tables (groups, count, blocks): block numbers of each token's sequence;
+/* Which slots hold the keys of a sequence, and those of one key head after them. */
+typedef struct {
+    const int32_t *table;
+    const float *kv;
+    int64_t block_size, stride; /* of a slot, in floats */
+} Keys;
+
+static inline const float *key_at(const Keys *keys, int64_t p) {
+    return keys->kv + (keys->table[p / keys->block_size] * keys->block_size + p % keys->block_size) * keys->stride;
+}
+
+/* y[c][j .. j + V * LANES) = sum over p of weights[c][p] * value[p], for C tokens. */
+INLINE void mix(const Keys *values, int64_t first, int64_t last, const float *weights, int64_t span, int C, int V,
+                float *y, int64_t y_stride, const float *totals) {
+    vec sums[TOGETHER][4];
+    UNROLL
+    for (int c = 0; c < C; c++)
+        UNROLL
+        for (int v = 0; v < V; v++) sums[c][v] = (vec){0};
+    for (int64_t p = first; p <= last;) {
+        const float *value = key_at(values, p);
+        int64_t stop = least(last + 1, (p / values->block_size + 1) * values->block_size);
+        for (; p < stop; p++, value += values->stride)
+            UNROLL
+            for (int v = 0; v < V; v++) {
+                vec at = vec_at(value + v * LANES);
+                __builtin_prefetch(value + 4 * values->stride + v * LANES, 0, 3);
+                UNROLL
+                for (int c = 0; c < C; c++) sums[c][v] += weights[c * span + p - first] * at;
+            }
+    }
+    UNROLL
+    for (int c = 0; c < C; c++)
+        UNROLL
+        for (int v = 0; v < V; v++) {
+            vec mean = sums[c][v] / totals[c];
+            memcpy(y + c * y_stride + v * LANES, &mean, sizeof mean);
+        }
+}
+
+/* The columns that fill no vector: key after key here too. */
+static SEPARATE void mix_rest(const Keys *values, int64_t first, int64_t last, const float *weights, int64_t E,
+                              float *y, float total) {
+    float sums[LANES] = {0};
+    for (int64_t p = first; p <= last; p++)
+        for (int64_t j = 0; j < E; j++) sums[j] += weights[p - first] * key_at(values, p)[j];
+    for (int64_t j = 0; j < E; j++) y[j] = sums[j] / total;
+}
+
+#define MIX(C)                                                                                                       \
+    static SEPARATE void mix_##C(Keys values, int64_t first, int64_t last, const float *weights, int64_t span,       \
+                                 int64_t E, float *y, int64_t y_stride, const float *totals) {                       \
+        for (; E >= 4 * LANES; E -= 4 * LANES, values.kv += 4 * LANES, y += 4 * LANES)                               \
+            mix(&values, first, last, weights, span, C, 4, y, y_stride, totals);                                     \
+        for (; E >= LANES; E -= LANES, values.kv += LANES, y += LANES)                                               \
+            mix(&values, first, last, weights, span, C, 1, y, y_stride, totals);                                     \
+        for (int64_t c = 0; c < C && E > 0; c++)                                                                     \
+            mix_rest(&values, first, last, weights + c * span, E, y + c * y_stride, totals[c]);                      \
+    }
+MIX(1)
+MIX(2)
+MIX(3)
+MIX(4)
+
+/* One query head of `count` <= TOGETHER tokens of a sequence, the first at `position`, over the keys that each sees
+ * -> y. table: the blocks of the sequence; scores: room for TOGETHER * (keys + 8). */
+static SEPARATE void attend(const Net *net, const Layer *layer, const float *q, int64_t head, int64_t count,
+                            const int32_t *table, int64_t position, float *scores, float *y) {
+    int64_t E = net->head_dim, K = net->num_kv_heads, far = layer->window, across = net->num_heads * E;
+    int64_t k = head / (net->num_heads / K), last = position + count - 1;
+    int64_t first = far < 0 || position < far ? 0 : position - far, from = first / 4 * 4;
+    int64_t span = (last - from) / 4 * 4 + 4; /* fours do not cross blocks */
+    float totals[TOGETHER];
+    Keys keys = {table, layer->kv + k * E, net->block_size, 2 * K * E}, values = keys;
+    values.kv += K * E;
+    for (int64_t p = from; p <= last; p += 4) {
+        const float *key = key_at(&keys, p);
+        float found[AT_ONCE][4];
+#if TILES
+        const char *next = (const char *)(p + 4 <= last ? key_at(&keys, p + 4) : key);
+        BY_FOUR[FP32][count - 1]((const char *)key, keys.stride * 4, (const char *)q, across * 4, E, next, 4, found);
+#else
+        for (int64_t c = 0; c < count; c++)
+            for (int64_t i = 0; i < 4; i++) found[c][i] = dot(q + c * across, key + i * keys.stride, E);
+#endif
+        for (int64_t c = 0; c < count; c++) memcpy(scores + c * span + p - from, found[c], sizeof found[c]);
+    }
+    for (int64_t c = 0; c < count; c++) {
+        float *row = scores + c * span;
+        int64_t low = (far < 0 || position + c < far ? 0 : position + c - far) - from, high = position + c - from;
+        totals[c] = softmax(row + low, high - low + 1, 1.0f / sqrtf((float)E));
+        memset(row, 0, (size_t)low * 4);
+        memset(row + high + 1, 0, (size_t)(span - high - 1) * 4);
+    }
+    void (*mixes[])(Keys, int64_t, int64_t, const float *, int64_t, int64_t, float *, int64_t, const float *) = {
+        mix_1, mix_2, mix_3, mix_4};
+    mixes[count - 1](values, first, last, scores + first - from, span, E, y, across, totals);
+}
+
+/* ids, prev (-1: none), positions, rows (count): a token's sequence, whose tokens come one after the other; pairs
+ * (count, D), added to the embeddings, or NULL; tables (groups, num_rows, blocks): block numbers of each sequence;
  * scratch: see native_step.py. -> hidden (count, D). Keys and values of all tokens are written first, so a token
  * sees those of its own sequence that come with it. */
 EXPORT void step(const Net *net, const int64_t *ids, const int64_t *prev, const int64_t *positions,
-                 const float *pairs, const int32_t *tables, int64_t count, int64_t blocks, float *scratch, float *hidden) {
+                 const int64_t *rows, const float *pairs, const int32_t *tables, int64_t count, int64_t num_rows,
+                 int64_t blocks, float *scratch, float *hidden) {
     int64_t D = net->width, H = net->num_heads, K = net->num_kv_heads, E = net->head_dim, G = H + 2 * K;
-    int64_t longest = 0, half = E / 2;
-    for (int64_t n = 0; n < count; n++) longest = positions[n] > longest ? positions[n] : longest;
+    int64_t longest = 0, half = E / 2, num_teams = 0, *teams = malloc((size_t)(count + 1) * sizeof(int64_t));
+    if (!teams) abort();
+    for (int64_t n = 0, size = TOGETHER; n < count; n++, size++) {
+        longest = positions[n] > longest ? positions[n] : longest;
+        if (size < TOGETHER && rows[n] == rows[n - 1]) continue;
+        teams[num_teams++] = n;
+        size = 0;
+    }
+    teams[num_teams] = count;
     float *x = scratch, *x0 = x + count * D, *middle = x0 + count * D, *y = middle + count * D;
     float *qkv = y + count * D, *q = qkv + count * G * E, *attended = q + count * H * E;
     float *wide = attended + count * H * E;
+    uint16_t *narrow = (uint16_t *)(wide + count * net->mlp);
     int threads = (int)net->threads;
     TEAM {
-        float *scores = malloc((size_t)(longest + 1) * sizeof(float));
+        float *scores = malloc((size_t)(TOGETHER * (longest + 8)) * sizeof(float));
         if (!scores) abort();
         EACH
         for (int64_t n = 0; n < count; n++) {
@@ -315,19 +232,19 @@ EXPORT void step(const Net *net, const int64_t *ids, const int64_t *prev, const 
         }
         for (int64_t i = 0; i < net->num_layers; i++) {
             const Layer *layer = net->layers + i;
-            const int32_t *table = tables + layer->group * count * blocks;
+            const int32_t *table = tables + layer->group * num_rows * blocks;
             EACH
             for (int64_t n = 0; n < count; n++) {
                 float *a = x + n * D, *b = x0 + n * D;
                 for (int64_t j = 0; j < D; j++) a[j] = layer->a * a[j] + layer->b * b[j];
                 norm(a, y + n * D, D, net->eps);
             }
-            product(&layer->qkv, y, count, qkv, STORE);
+            product(&layer->qkv, y, count, qkv, STORE, narrow);
             EACH
             for (int64_t at = 0; at < count * G; at++) {
                 int64_t n = at / G, head = at % G, p = positions[n], k = head - H;
                 float *from = qkv + at * E;
-                int64_t slot = table[n * blocks + p / net->block_size] * net->block_size + p % net->block_size;
+                int64_t slot = table[rows[n] * blocks + p / net->block_size] * net->block_size + p % net->block_size;
                 if (head < H) {
                     turn(from, q + (n * H + head) * E, net->cos + p * half, net->sin + p * half, net);
                     continue;
@@ -345,16 +262,17 @@ EXPORT void step(const Net *net, const int64_t *ids, const int64_t *prev, const 
                 }
                 memcpy(to, from, (size_t)E * 4);
             }
-            EACH
-            for (int64_t at = 0; at < count * H; at++) {
-                int64_t n = at / H;
-                attend(net, layer, q + at * E, at % H, table + n * blocks, positions[n], scores, attended + at * E);
+            SHARES
+            for (int64_t at = 0; at < num_teams * H; at++) {
+                int64_t n = teams[at / H], to = (n * H + at % H) * E;
+                attend(net, layer, q + to, at % H, teams[at / H + 1] - n, table + rows[n] * blocks, positions[n],
+                       scores, attended + to);
             }
-            product(&layer->proj, attended, count, x, ADD);
+            product(&layer->proj, attended, count, x, ADD, narrow);
             EACH
             for (int64_t n = 0; n < count; n++) norm(x + n * D, y + n * D, D, net->eps);
-            product(&layer->fc, y, count, wide, RELU_SQUARED);
-            product(&layer->out, wide, count, x, ADD);
+            product(&layer->fc, y, count, wide, RELU_SQUARED, narrow);
+            product(&layer->out, wide, count, x, ADD, narrow);
             if (i == net->middle) {
                 EACH
                 for (int64_t n = 0; n < count; n++) memcpy(middle + n * D, x + n * D, (size_t)D * 4);
@@ -367,4 +285,5 @@ EXPORT void step(const Net *net, const int64_t *ids, const int64_t *prev, const 
         }
         free(scores);
     }
+    free(teams);
 }

@@ -1,8 +1,8 @@
-"""A few tokens through a FusedNetwork in one call of decode.c, on CPUs with a compiler.
+"""Tokens through a FusedNetwork in one call of decode.c, on CPUs with a compiler.
 
 In PyTorch a step of one token is a hundred small operations a layer beside four matrices. Here it is one pass
 over each matrix: no copies, no masks, no gathered keys. What cannot be run here (no compiler, a GPU, many
-tokens) goes through network.py, which is the oracle. native._override = False turns it off.
+tokens without AVX512) goes through network.py, which is the oracle. native._override = False turns it off.
 Letters: N tokens, D width, H query heads, K key/value heads, E head size.
 """
 
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nanochat import native
+from nanochat import hardware, native
 from nanochat.bigram import look_up
 from nanochat.fused import NORM_EPS, rope_tables
 from nanochat.gpt import QK_SCALE, SMEAR_CHANNELS, VE_GATE_CHANNELS
@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from nanochat.engine.network import FusedNetwork, Matrix
 
 SOURCE = Path(__file__).with_name("decode.c")
-SIGNATURES = {"multiply": "pplpi", "step": "ppppppllpp"}
+SIGNATURES = {"multiply": "pplpi", "step": "ppppppp" "lll" "pp", "tiles": "p"}
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-# Tokens in one call at most. Beyond, PyTorch's matrix products win; int8 would have to be widened for them.
-MOST, MOST_INT8, MOST_SMALL = 4, 8, 16
+# Tokens in one call at most. Beyond, PyTorch's matrix products win where decode.c has no tiles; int8 would have
+# to be widened for them. With AMX, which tiles do without, they win later; that number is not measured.
+MOST, MOST_INT8, MOST_SMALL, MOST_AMX, ANY = 4, 8, 16, 32, 1 << 40
 SMALL_BYTES = 8 << 20  # of all matrices: in the caches, and small calls are what takes time
 ONE_THREAD_BYTES = 1 << 20  # a second thread gains less than meeting it costs
+MANY = 16  # tokens; for so many it gains again
 
 HUGE_BYTES = 4 << 20  # from this size on a matrix has pages of its own
 
@@ -94,8 +96,19 @@ def describe(matrix: Matrix) -> CMatrix | None:
     return CMatrix(codes.data_ptr(), address, KINDS[codes.dtype], *codes.shape)
 
 
+@cache
+def tiled_kinds() -> int:
+    """The KINDS, as bits, of which any number of rows is fast here."""
+    found, lib = ctypes.c_int64(0), _build()
+    if lib is not None:
+        lib.tiles(ctypes.addressof(found))
+    return found.value
+
+
 def most_tokens(num_bytes: int, dtype: torch.dtype) -> int:
     """Up to how many tokens at once this way is the faster one, for matrices of so many bytes."""
+    if tiled_kinds() >> KINDS[dtype] & 1:
+        return MOST_AMX if dtype != torch.float32 and "amx" in hardware.cpu_features() else ANY
     return MOST_SMALL if num_bytes <= SMALL_BYTES else MOST_INT8 if dtype == torch.int8 else MOST
 
 
@@ -105,7 +118,8 @@ def multiply(matrix: CMatrix, x_ND: Tensor) -> Tensor:
     assert lib is not None and x_ND.dtype == torch.float32 and x_ND.shape[1] == matrix.cols
     x_ND = x_ND.contiguous()
     y_NR = torch.empty(len(x_ND), matrix.rows)
-    threads = 1 if matrix.rows * matrix.cols < ONE_THREAD_BYTES else torch.get_num_threads()
+    is_tiny = matrix.rows * matrix.cols < ONE_THREAD_BYTES and len(x_ND) < MANY
+    threads = 1 if is_tiny else torch.get_num_threads()
     lib.multiply(ctypes.addressof(matrix), x_ND.data_ptr(), len(x_ND), y_NR.data_ptr(), threads)
     return y_NR
 
@@ -170,12 +184,11 @@ class NativeStep:
         self._net.cos, self._net.sin = self._cos.data_ptr(), self._sin.data_ptr()
 
     def __call__(
-        self, ids: Sequence[int], prev: Sequence[int], positions: Sequence[int],
+        self, ids: Sequence[int], prev: Sequence[int], positions: Sequence[int], rows: Sequence[int],
         tables: Sequence[Sequence[Sequence[int]]],
     ) -> Tensor:  # fmt: skip
-        """Hidden states (N, D); writes keys and values. tables[group][n]: the blocks of token n's row.
-
-        Raises IndexError for ids outside the vocabulary.
+        """Hidden states (N, D); writes keys and values. rows: the sequence of each token, whose tokens come one
+        after the other; tables[group][row]: its blocks. Raises IndexError for ids outside the vocabulary.
         """
         lib, cfg, N = library(), self.config, len(ids)
         assert lib is not None and self.most >= N
@@ -192,18 +205,19 @@ class NativeStep:
             for table in group
             for block in (*table[:num_blocks], *[0] * (num_blocks - len(table)))
         ]
-        numbers = (ctypes.c_int64 * (3 * N))(*ids, *prev, *positions)
+        numbers = (ctypes.c_int64 * (4 * N))(*ids, *prev, *positions, *rows)
         blocks = (ctypes.c_int32 * len(flat))(*flat)
         E, H, K, D = self.head_dim, cfg.n_head, cfg.n_kv_head, cfg.n_embd
-        scratch = torch.empty(N * (4 * D + (H + 2 * K) * E + 2 * H * E + self.mlp))
+        floats = 4 * D + (H + 2 * K) * E + 2 * H * E + self.mlp
+        scratch = torch.empty(N * (floats + (max(D, H * E, self.mlp) + 1) // 2))  # the latter in bf16
         hidden_ND = torch.empty(N, D)
-        self._net.threads = 1 if self._is_tiny else torch.get_num_threads()
+        self._net.threads = 1 if self._is_tiny and N < MANY else torch.get_num_threads()
         at, pairs_ND = ctypes.addressof(numbers), None
         if self._pairs is not None:
             pairs_ND = look_up(torch.tensor(ids), torch.tensor(prev), self._pairs).float().contiguous()
         lib.step(
-            ctypes.addressof(self._net), at, at + 8 * N, at + 16 * N,
-            None if pairs_ND is None else pairs_ND.data_ptr(), ctypes.addressof(blocks), N, num_blocks,
-            scratch.data_ptr(), hidden_ND.data_ptr(),
+            ctypes.addressof(self._net), at, at + 8 * N, at + 16 * N, at + 24 * N,
+            None if pairs_ND is None else pairs_ND.data_ptr(), ctypes.addressof(blocks), N, len(tables[0]),
+            num_blocks, scratch.data_ptr(), hidden_ND.data_ptr(),
         )  # fmt: skip
         return hidden_ND

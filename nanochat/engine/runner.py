@@ -107,9 +107,11 @@ class Runner:
             ids += tokens[1:]
             positions += range(chunk.start, chunk.stop)
         if self.native is not None and len(ids) <= self.native.most and not self.is_paged:
-            rows = [chunk.generation.tables for chunk in chunks for _ in range(chunk.start, chunk.stop)]
-            by_group = [[tables[group] for tables in rows] for group in range(len(self._pools))]
-            return self.native(ids, prev, positions, by_group)
+            rows = [n for n, chunk in enumerate(chunks) for _ in range(chunk.start, chunk.stop)]
+            tables = [
+                [chunk.generation.tables[group] for chunk in chunks] for group in range(len(self._pools))
+            ]
+            return self.native(ids, prev, positions, rows, tables)
         if self.static is not None:
             self._last = self.static(chunks, ids, prev, positions)
             if self._last is not None:
