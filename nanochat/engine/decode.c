@@ -16,12 +16,13 @@
 
 #define EXPORT __attribute__((visibility("default")))
 #define TOGETHER 4 /* tokens of a sequence that attend together */
+#define FETCHED 8  /* keys ahead */
 
 typedef struct {
     Matrix qkv, proj, fc, out;
     const float *gate;  /* (K, gate_channels), or NULL: no value embedding */
     const void *values; /* its table (V, K * E) */
-    float *kv;          /* this layer's slots (S, 2K, E), keys first */
+    char *kv;           /* this layer's slots (S, 2K, E), keys first, fp32 or bf16 */
     int64_t group, window; /* window -1: everything */
     float a, b;            /* of the stream and of x0 */
 } Layer;
@@ -34,6 +35,7 @@ typedef struct {
     int64_t num_layers, width, num_heads, num_kv_heads, head_dim, mlp, smear_channels, gate_channels;
     int64_t tables_half; /* embedding and values are bf16, else fp32 */
     int64_t block_size, threads, middle;
+    int64_t kv_kind; /* FP32, or BF16 where pairs are multiplied */
     float smear, backout, qk_scale, eps;
 } Net;
 
@@ -84,111 +86,114 @@ static SEPARATE void turn(const float *x, float *y, const float *cos, const floa
     }
 }
 
-static SEPARATE float softmax(float *scores, int64_t n, float scale) { /* -> the sum, not yet divided by */
+static SEPARATE void softmax(float *scores, int64_t n, float scale) {
     float largest = -INFINITY, total = 0;
     for (int64_t i = 0; i < n; i++) largest = scores[i] > largest ? scores[i] : largest;
     for (int64_t i = 0; i < n; i++) scores[i] = exponential(scale * (scores[i] - largest));
     for (int64_t i = 0; i < n; i++) total += scores[i];
-    return total;
+    for (int64_t i = 0; i < n; i++) scores[i] /= total;
 }
 
-/* Which slots hold the keys of a sequence, and those of one key head after them. */
-typedef struct {
-    const int32_t *table;
-    const float *kv;
-    int64_t block_size, stride; /* of a slot, in floats */
-} Keys;
-
-static inline const float *key_at(const Keys *keys, int64_t p) {
-    return keys->kv + (keys->table[p / keys->block_size] * keys->block_size + p % keys->block_size) * keys->stride;
-}
-
-/* y[c][j .. j + V * LANES) = sum over p of weights[c][p] * value[p], for C tokens. */
-INLINE void mix(const Keys *values, int64_t first, int64_t last, const float *weights, int64_t span, int C, int V,
-                float *y, int64_t y_stride, const float *totals) {
-    vec sums[TOGETHER][4];
-    UNROLL
-    for (int c = 0; c < C; c++)
-        UNROLL
-        for (int v = 0; v < V; v++) sums[c][v] = (vec){0};
-    for (int64_t p = first; p <= last;) {
-        const float *value = key_at(values, p);
-        int64_t stop = least(last + 1, (p / values->block_size + 1) * values->block_size);
-        for (; p < stop; p++, value += values->stride)
-            UNROLL
-            for (int v = 0; v < V; v++) {
-                vec at = vec_at(value + v * LANES);
-                __builtin_prefetch(value + 4 * values->stride + v * LANES, 0, 3);
-                UNROLL
-                for (int c = 0; c < C; c++) sums[c][v] += weights[c * span + p - first] * at;
-            }
-    }
-    UNROLL
-    for (int c = 0; c < C; c++)
-        UNROLL
-        for (int v = 0; v < V; v++) {
-            vec mean = sums[c][v] / totals[c];
-            memcpy(y + c * y_stride + v * LANES, &mean, sizeof mean);
-        }
-}
-
-/* The columns that fill no vector: key after key here too. */
-static SEPARATE void mix_rest(const Keys *values, int64_t first, int64_t last, const float *weights, int64_t E,
-                              float *y, float total) {
-    float sums[LANES] = {0};
-    for (int64_t p = first; p <= last; p++)
-        for (int64_t j = 0; j < E; j++) sums[j] += weights[p - first] * key_at(values, p)[j];
-    for (int64_t j = 0; j < E; j++) y[j] = sums[j] / total;
-}
-
-#define MIX(C)                                                                                                       \
-    static SEPARATE void mix_##C(Keys values, int64_t first, int64_t last, const float *weights, int64_t span,       \
-                                 int64_t E, float *y, int64_t y_stride, const float *totals) {                       \
-        for (; E >= 4 * LANES; E -= 4 * LANES, values.kv += 4 * LANES, y += 4 * LANES)                               \
-            mix(&values, first, last, weights, span, C, 4, y, y_stride, totals);                                     \
-        for (; E >= LANES; E -= LANES, values.kv += LANES, y += LANES)                                               \
-            mix(&values, first, last, weights, span, C, 1, y, y_stride, totals);                                     \
-        for (int64_t c = 0; c < C && E > 0; c++)                                                                     \
-            mix_rest(&values, first, last, weights + c * span, E, y + c * y_stride, totals[c]);                      \
-    }
-MIX(1)
-MIX(2)
-MIX(3)
-MIX(4)
-
-/* One query head of `count` <= TOGETHER tokens of a sequence, the first at `position`, over the keys that each sees
- * -> y. table: the blocks of the sequence; scores: room for TOGETHER * (keys + 8). */
-static SEPARATE void attend(const Net *net, const Layer *layer, const float *q, int64_t head, int64_t count,
-                            const int32_t *table, int64_t position, float *scores, float *y) {
-    int64_t E = net->head_dim, K = net->num_kv_heads, far = layer->window, across = net->num_heads * E;
-    int64_t k = head / (net->num_heads / K), last = position + count - 1;
-    int64_t first = far < 0 || position < far ? 0 : position - far, from = first / 4 * 4;
-    int64_t span = (last - from) / 4 * 4 + 4; /* fours do not cross blocks */
-    float totals[TOGETHER];
-    Keys keys = {table, layer->kv + k * E, net->block_size, 2 * K * E}, values = keys;
-    values.kv += K * E;
-    for (int64_t p = from; p <= last; p += 4) {
-        const float *key = key_at(&keys, p);
-        float found[AT_ONCE][4];
 #if TILES
-        const char *next = (const char *)(p + 4 <= last ? key_at(&keys, p + 4) : key);
-        BY_FOUR[FP32][count - 1]((const char *)key, keys.stride * 4, (const char *)q, across * 4, E, next, 4, found);
+#define KEYS_AT_ONCE 4
+#define ADDED(sum, w, v) (vec) _mm512_fmadd_ps(_mm512_set1_ps(w), (__m512)(v), (__m512)(sum)) /* keeps its place */
 #else
-        for (int64_t c = 0; c < count; c++)
-            for (int64_t i = 0; i < 4; i++) found[c][i] = dot(q + c * across, key + i * keys.stride, E);
+#define KEYS_AT_ONCE 1
+#define ADDED(sum, w, v) (sum) + (w) * (v)
 #endif
-        for (int64_t c = 0; c < count; c++) memcpy(scores + c * span + p - from, found[c], sizeof found[c]);
+
+/* y[c] += weights[c][i] * value[i] for C tokens and n keys, key after key. */
+INLINE void mix(const char *value, int64_t stride, int kind, int n, const float *weights, int64_t span, int C,
+                int64_t E, float *y, int64_t y_stride) {
+    int64_t j = 0;
+    for (; j + LANES <= E; j += LANES) {
+        vec at[KEYS_AT_ONCE];
+        UNROLL
+        for (int i = 0; i < n; i++) {
+            at[i] = weights_at(value + i * stride, j, kind);
+            __builtin_prefetch(value + (i + FETCHED) * stride + j * size_of(kind), 0, 3);
+        }
+        UNROLL
+        for (int c = 0; c < C; c++) {
+            vec sum = vec_at(y + c * y_stride + j);
+            UNROLL
+            for (int i = 0; i < n; i++) sum = ADDED(sum, weights[c * span + i], at[i]);
+            memcpy(y + c * y_stride + j, &sum, sizeof sum);
+        }
     }
-    for (int64_t c = 0; c < count; c++) {
-        float *row = scores + c * span;
-        int64_t low = (far < 0 || position + c < far ? 0 : position + c - far) - from, high = position + c - from;
-        totals[c] = softmax(row + low, high - low + 1, 1.0f / sqrtf((float)E));
+    for (; j < E; j++)
+        for (int c = 0; c < C; c++)
+            for (int i = 0; i < n; i++)
+                y[c * y_stride + j] = fmaf(weights[c * span + i], weight_at(value + i * stride, j, kind), y[c * y_stride + j]);
+}
+
+#define MIX(KIND, C)                                                                                                 \
+    static SEPARATE void mix_##KIND##_##C(const char *value, int64_t stride, int64_t n, const float *weights,        \
+                                          int64_t span, int64_t E, float *y, int64_t y_stride) {                     \
+        if (n == KEYS_AT_ONCE) mix(value, stride, KIND, KEYS_AT_ONCE, weights, span, C, E, y, y_stride);             \
+        else                                                                                                         \
+            for (int64_t i = 0; i < n; i++) mix(value + i * stride, stride, KIND, 1, weights + i, span, C, E, y, y_stride); \
+    }
+#define MIXES(KIND) MIX(KIND, 1) MIX(KIND, 2) MIX(KIND, 3) MIX(KIND, 4)
+#define MIX_NAMES(KIND) {mix_##KIND##_1, mix_##KIND##_2, mix_##KIND##_3, mix_##KIND##_4}
+MIXES(FP32)
+MIXES(BF16)
+typedef void (*Mix)(const char *, int64_t, int64_t, const float *, int64_t, int64_t, float *, int64_t);
+static const Mix MIX_BY[][TOGETHER] = {MIX_NAMES(FP32), MIX_NAMES(BF16)};
+
+/* Query heads head .. head + heads - 1 of `count` <= TOGETHER tokens of a sequence, the first at `position`, over the
+ * keys that each sees -> y. q in the kind of the keys; table: the blocks of the sequence; scores: room for
+ * heads * TOGETHER * (keys + 8). All heads go through the cache together, as it lies in memory. */
+static SEPARATE void attend(const Net *net, const Layer *layer, const char *q, int64_t head, int64_t heads,
+                            int64_t count, const int32_t *table, int64_t position, float *scores, float *y) {
+    int64_t E = net->head_dim, K = net->num_kv_heads, far = layer->window, across = net->num_heads * E;
+    int64_t last = position + count - 1, kind = net->kv_kind, size = size_of((int)kind), B = net->block_size;
+    int64_t first = far < 0 || position < far ? 0 : position - far, from = first / 4 * 4;
+    int64_t span = (last - from) / 4 * 4 + 4, stride = 2 * K * E * size, group = net->num_heads / K;
+    for (int64_t p = from; p <= last; p += 4) { /* fours do not cross blocks */
+        const char *slot = layer->kv + (table[p / B] * B + p % B) * stride;
+        const char *next = p + FETCHED <= last ? layer->kv + (table[(p + FETCHED) / B] * B + (p + FETCHED) % B) * stride : slot;
+        for (int64_t h = 0; h < heads; h++) {
+            int64_t at = (head + h) / group * E * size;
+            float found[AT_ONCE][4], *to = scores + h * count * span + p - from;
+#if TILES
+            BY_FOUR[kind][count - 1](slot + at, stride, q + h * E * size, across * size, E, next + at, 4, found);
+#else
+            for (int64_t c = 0; c < count; c++)
+                for (int64_t i = 0; i < 4; i++)
+                    found[c][i] = dot((const float *)(const void *)q + h * E + c * across,
+                                      (const float *)(const void *)(slot + at + i * stride), E);
+            (void)next;
+#endif
+            for (int64_t c = 0; c < count; c++) memcpy(to + c * span, found[c], sizeof found[c]);
+        }
+    }
+    for (int64_t i = 0; i < heads * count; i++) {
+        float *row = scores + i * span;
+        int64_t at = position + i % count, low = (far < 0 || at < far ? 0 : at - far) - from, high = at - from;
+        softmax(row + low, high - low + 1, 1.0f / sqrtf((float)E));
         memset(row, 0, (size_t)low * 4);
         memset(row + high + 1, 0, (size_t)(span - high - 1) * 4);
     }
-    void (*mixes[])(Keys, int64_t, int64_t, const float *, int64_t, int64_t, float *, int64_t, const float *) = {
-        mix_1, mix_2, mix_3, mix_4};
-    mixes[count - 1](values, first, last, scores + first - from, span, E, y, across, totals);
+    for (int64_t c = 0; c < count; c++) memset(y + c * across, 0, (size_t)(heads * E) * 4);
+    for (int64_t p = first, stop; p <= last; p = stop) {
+        const char *slot = layer->kv + (table[p / B] * B + p % B) * stride + K * E * size;
+        stop = least(p / KEYS_AT_ONCE * KEYS_AT_ONCE + KEYS_AT_ONCE, last + 1);
+        for (int64_t h = 0; h < heads; h++)
+            MIX_BY[kind][count - 1](slot + (head + h) / group * E * size, stride, stop - p,
+                                    scores + h * count * span + p - from, span, E, y + h * E, across);
+    }
+}
+
+static inline void keep(const float *from, int64_t n, int64_t kind, void *to) {
+#if PAIRS
+    if (kind == BF16) {
+        narrow_row(from, n, to);
+        return;
+    }
+#endif
+    (void)kind;
+    memcpy(to, from, (size_t)n * 4);
 }
 
 /* ids, prev (-1: none), positions, rows (count): a token's sequence, whose tokens come one after the other; pairs
@@ -199,22 +204,24 @@ EXPORT void step(const Net *net, const int64_t *ids, const int64_t *prev, const 
                  const int64_t *rows, const float *pairs, const int32_t *tables, int64_t count, int64_t num_rows,
                  int64_t blocks, float *scratch, float *hidden) {
     int64_t D = net->width, H = net->num_heads, K = net->num_kv_heads, E = net->head_dim, G = H + 2 * K;
-    int64_t longest = 0, half = E / 2, num_teams = 0, *teams = malloc((size_t)(count + 1) * sizeof(int64_t));
+    int64_t longest = 0, half = E / 2, size = size_of((int)net->kv_kind), num_teams = 0, *teams = malloc((size_t)(count + 1) * sizeof(int64_t));
     if (!teams) abort();
-    for (int64_t n = 0, size = TOGETHER; n < count; n++, size++) {
+    for (int64_t n = 0, members = TOGETHER; n < count; n++, members++) {
         longest = positions[n] > longest ? positions[n] : longest;
-        if (size < TOGETHER && rows[n] == rows[n - 1]) continue;
+        if (members < TOGETHER && rows[n] == rows[n - 1]) continue;
         teams[num_teams++] = n;
-        size = 0;
+        members = 0;
     }
     teams[num_teams] = count;
+    int64_t fair = num_teams * H / (4 * net->threads), heads = fair < 1 ? 1 : least(fair, H);
+    int64_t parts = (H + heads - 1) / heads;
     float *x = scratch, *x0 = x + count * D, *middle = x0 + count * D, *y = middle + count * D;
-    float *qkv = y + count * D, *q = qkv + count * G * E, *attended = q + count * H * E;
-    float *wide = attended + count * H * E;
-    uint16_t *narrow = (uint16_t *)(wide + count * net->mlp);
+    float *qkv = y + count * D, *attended = qkv + count * G * E, *wide = attended + count * H * E;
+    char *q = (char *)(wide + count * net->mlp);
+    uint16_t *narrow = (uint16_t *)(void *)(q + count * H * E * 4);
     int threads = (int)net->threads;
     TEAM {
-        float *scores = malloc((size_t)(TOGETHER * (longest + 8)) * sizeof(float));
+        float *scores = malloc((size_t)(heads * TOGETHER * (longest + 8) + E) * sizeof(float));
         if (!scores) abort();
         EACH
         for (int64_t n = 0; n < count; n++) {
@@ -243,30 +250,27 @@ EXPORT void step(const Net *net, const int64_t *ids, const int64_t *prev, const 
             EACH
             for (int64_t at = 0; at < count * G; at++) {
                 int64_t n = at / G, head = at % G, p = positions[n], k = head - H;
-                float *from = qkv + at * E;
+                float *from = qkv + at * E, *turned = scores;
                 int64_t slot = table[rows[n] * blocks + p / net->block_size] * net->block_size + p % net->block_size;
-                if (head < H) {
-                    turn(from, q + (n * H + head) * E, net->cos + p * half, net->sin + p * half, net);
-                    continue;
-                }
-                float *to = layer->kv + (slot * 2 * K + k) * E;
+                char *to = head < H ? q + (n * H + head) * E * size : layer->kv + (slot * 2 * K + k) * E * size;
                 if (k < K) {
-                    turn(from, to, net->cos + p * half, net->sin + p * half, net);
+                    turn(from, turned, net->cos + p * half, net->sin + p * half, net);
+                    keep(turned, E, net->kv_kind, to);
                     continue;
                 }
                 if (layer->gate) {
                     const float *weights = layer->gate + (k - K) * net->gate_channels;
                     float gate = 3.0f * sigmoid(dot(y + n * D, weights, net->gate_channels));
-                    load_row(layer->values, ids[n] * K + k - K, E, (int)net->tables_half, to);
-                    for (int64_t j = 0; j < E; j++) from[j] += gate * to[j];
+                    load_row(layer->values, ids[n] * K + k - K, E, (int)net->tables_half, turned);
+                    for (int64_t j = 0; j < E; j++) from[j] += gate * turned[j];
                 }
-                memcpy(to, from, (size_t)E * 4);
+                keep(from, E, net->kv_kind, to);
             }
             SHARES
-            for (int64_t at = 0; at < num_teams * H; at++) {
-                int64_t n = teams[at / H], to = (n * H + at % H) * E;
-                attend(net, layer, q + to, at % H, teams[at / H + 1] - n, table + rows[n] * blocks, positions[n],
-                       scores, attended + to);
+            for (int64_t at = 0; at < num_teams * parts; at++) {
+                int64_t n = teams[at / parts], head = at % parts * heads, to = (n * H + head) * E;
+                attend(net, layer, q + to * size, head, least(heads, H - head), teams[at / parts + 1] - n,
+                       table + rows[n] * blocks, positions[n], scores, attended + to);
             }
             product(&layer->proj, attended, count, x, ADD, narrow);
             EACH

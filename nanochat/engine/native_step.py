@@ -60,7 +60,7 @@ class CNet(ctypes.Structure):
         *((name, _P) for name in ("layers", "embedding", "smear_gate", "cos", "sin")),
         *((name, _L) for name in ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp")),
         *((name, _L) for name in ("smear_channels", "gate_channels", "tables_half", "block_size", "threads")),
-        ("middle", _L),
+        *((name, _L) for name in ("middle", "kv_kind")),
         *((name, _F) for name in ("smear", "backout", "qk_scale", "eps")),
     ]
 
@@ -103,6 +103,14 @@ def tiled_kinds() -> int:
     if lib is not None:
         lib.tiles(ctypes.addressof(found))
     return found.value
+
+
+def kv_dtype(network: Any) -> torch.dtype:
+    """What keys and values are kept in on a CPU: bf16 if decode.c multiplies it and takes every step."""
+    layers = getattr(network, "layers", None)
+    if not layers or library() is None or layers[0][2].many.dtype == torch.float32:
+        return torch.float32
+    return torch.bfloat16 if most_tokens(0, torch.bfloat16) == ANY else torch.float32
 
 
 def most_tokens(num_bytes: int, dtype: torch.dtype) -> int:
@@ -157,13 +165,13 @@ class NativeStep:
             ctypes.addressof(self._layers), network.wte_VD.data_ptr(), smear_gate.data_ptr(), None, None,
             cfg.n_layer, cfg.n_embd, cfg.n_head, cfg.n_kv_head, self.head_dim, self.mlp,
             SMEAR_CHANNELS, VE_GATE_CHANNELS, int(network.wte_VD.dtype == torch.bfloat16), block_size, 1,
-            cfg.n_layer // 2, network.smear, network.backout, QK_SCALE, NORM_EPS,
+            cfg.n_layer // 2, KINDS[stores[0].dtype], network.smear, network.backout, QK_SCALE, NORM_EPS,
         )  # fmt: skip
         self._turn(cfg.sequence_len)
 
     @staticmethod
     def of(network: Any, stores: Sequence[Tensor], *place: Any) -> NativeStep | None:
-        """For a FusedNetwork on a CPU with fp32 keys and values, where decode.c could be built; else None."""
+        """For a FusedNetwork on a CPU, where decode.c could be built; else None."""
         layers = getattr(network, "layers", None)
         if not layers or library() is None or network.wte_VD.device.type != "cpu":
             return None
@@ -173,7 +181,7 @@ class NativeStep:
             return None
         if any(describe(matrix) is None for layer in layers for matrix in layer[2:6]):
             return None
-        if any(store.dtype != torch.float32 or not store.is_contiguous() for store in stores):
+        if any(not store.is_contiguous() for store in stores):
             return None
         return NativeStep(network, stores, *place)
 
