@@ -72,6 +72,8 @@ static inline vec vec_at(const float *p) {
     return v;
 }
 
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 static inline int64_t size_of(int kind) { return kind == FP32 ? 4 : kind == BF16 ? 2 : 1; }
 
 static inline float weight_at(const char *row, int64_t j, int kind) {
@@ -99,6 +101,7 @@ static inline void finish(float *to, float value, int end) {
     else *to = value;
 }
 
+
 /* ---------------------------------------------------------------- any processor: few rows of x */
 
 static inline vec weights_at(const char *row, int64_t j, int kind) {
@@ -124,13 +127,6 @@ static inline vec weights_at(const char *row, int64_t j, int kind) {
 #endif
 }
 
-/* The columns that fill no vector. */
-static SEPARATE float rest_of(const char *row, const float *x, int64_t j, int64_t cols, int kind) {
-    float sum = 0;
-    for (; j < cols; j++) sum += weight_at(row, j, kind) * x[j];
-    return sum;
-}
-
 /* One row of weights times `count` <= 4 rows of x: two sums each. */
 INLINE void dots(const char *row, const float *x, int64_t cols, int kind, int count, float found[4]) {
     int64_t size = size_of(kind), j = 0;
@@ -147,14 +143,18 @@ INLINE void dots(const char *row, const float *x, int64_t cols, int kind, int co
         for (int64_t line = 0; line < 2 * LANES * size; line += 64)
             __builtin_prefetch(row + j * size + AHEAD + line, 0, 3);
     }
-    for (; j + LANES <= cols; j += LANES)
+    for (; j < cols; j += LANES) { /* what fills no vector has zeros behind it, so that sums keep their order */
+        int64_t here = least(LANES, cols - j);
+        float w[LANES] = {0}, v[LANES] = {0};
+        for (int64_t i = 0; i < here; i++) w[i] = weight_at(row, j + i, kind);
         UNROLL
-        for (int n = 0; n < count; n++) sums[n][0] += weights_at(row, j, kind) * vec_at(x + n * cols + j);
-    UNROLL
-    for (int n = 0; n < count; n++) {
-        found[n] = sum_of(sums[n][0] + sums[n][1]);
-        if (j < cols) found[n] += rest_of(row, x + n * cols, j, cols, kind);
+        for (int n = 0; n < count; n++) {
+            memcpy(v, x + n * cols + j, (size_t)here * 4);
+            sums[n][0] += vec_at(w) * vec_at(v);
+        }
     }
+    UNROLL
+    for (int n = 0; n < count; n++) found[n] = sum_of(sums[n][0] + sums[n][1]);
 }
 
 INLINE void rows_of(const Matrix *m, const float *x, int64_t count, float *y, int end, int64_t first, int64_t last,
@@ -272,6 +272,14 @@ static const Tile BY_ONE[][AT_ONCE] = {NAMES_OF(FP32, 1)};
 static const Tile BY_FOUR[][AT_ONCE] = {NAMES_OF(FP32, 4)};
 #endif
 
+static inline void finish_four(float *to, __m128 values, const float *scale, int end) {
+    if (scale) values *= _mm_loadu_ps(scale);
+    if (end == RELU_SQUARED) values = _mm_max_ps(values, _mm_setzero_ps());
+    if (end == RELU_SQUARED) values *= values;
+    if (end == ADD) values = _mm_add_ps(_mm_loadu_ps(to), values);
+    _mm_storeu_ps(to, values);
+}
+
 /* Rows first .. last - 1, at most SHARE_ROWS for many rows of x, of weights that lie at `w`, x in their kind. Behind
  * them come `more` that this core needs next. */
 static SEPARATE void share(const Matrix *m, const char *w, const char *x, int64_t count, float *y, int end,
@@ -289,11 +297,12 @@ static SEPARATE void share(const Matrix *m, const char *w, const char *x, int64_
             int lines = is_few ? 1 : next + per <= rows + more ? (int)per : 0; /* what comes next, a few rows a tile */
             Tile compute = (R == 4 ? BY_FOUR : BY_ONE)[kind][C - 1];
             compute(from, row, x + n * x_row, x_row, m->cols, ahead, lines, found);
-            for (int64_t c = 0; c < C; c++)
-                for (int64_t r = 0; r < R; r++) {
-                    float scale = m->kind == INT8 ? m->scale[first + at + r] : 1.0f;
-                    finish(y + (n + c) * m->rows + first + at + r, scale * found[c][r], end);
-                }
+            const float *scale = m->kind == INT8 ? m->scale + first + at : NULL;
+            for (int64_t c = 0; c < C; c++) {
+                float *to = y + (n + c) * m->rows + first + at;
+                if (R == 4) finish_four(to, _mm_loadu_ps(found[c]), scale, end);
+                else finish(to, scale ? *scale * found[c][0] : found[c][0], end);
+            }
         }
     }
 }
@@ -327,8 +336,6 @@ static void widen_row(const char *from, int64_t n, uint16_t *to) {
 static inline int is_narrowed(const Matrix *m) {
     return PAIRS && m->kind != FP32;
 }
-
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* x (count, cols) -> y (count, rows), called by every thread of a team. half: room for count * cols bf16. */
 static SEPARATE void product(const Matrix *m, const float *x, int64_t count, float *y, int end, uint16_t *half) {
