@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from test_engine import Bytes, prompt, tiny
@@ -23,36 +25,68 @@ def random(*shape: int, seed: int = 0, size: float = 1.0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * size
 
 
+def is_tiled(dtype: torch.dtype) -> bool:
+    """Whether any number of rows is multiplied here; then x is rounded to bf16 for all but fp32 weights."""
+    return bool(native_step.tiled_kinds() >> native_step.KINDS[dtype] & 1)
+
+
+@pytest.fixture
+def without_avx512(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """decode.c as processors without AVX512 run it."""
+    monkeypatch.setattr(native, "TUNING", (("-march=native", "-mno-avx512f", "-fopenmp"), ("-fopenmp",)))
+    lib = native.build((native_step.SOURCE,), native_step.SIGNATURES)[0]
+    monkeypatch.setattr(native_step, "_build", lambda: lib)
+    native_step.tiled_kinds.cache_clear()
+    yield
+    native_step.tiled_kinds.cache_clear()
+
+
 # ---------------------------------------------------------------- one matrix
+
+
+def check_product(dtype: torch.dtype, rows: int, cols: int, counts: list[int]) -> None:
+    """What was stored times x; and the same bits whoever comes along."""
+    matrix, x = Matrix(random(rows, cols), dtype), random(max(counts), cols, seed=1)
+    seen = x.bfloat16() if dtype != torch.float32 and is_tiled(dtype) else x
+    stored = matrix.many.double() * (1 if matrix.scale is None else matrix.scale.double()[:, None])
+    wanted = seen.double() @ stored.T
+    assert matrix._native is not None
+    alone = torch.cat([native_step.multiply(matrix._native, row[None]) for row in x])
+    for count in counts:
+        y = native_step.multiply(matrix._native, x[:count])
+        assert float((y - wanted[:count]).abs().max()) < 2e-5 * cols**0.5
+        assert torch.equal(y, alone[:count])
 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows, cols", [(7, 5), (64, 32), (33, 100), (130, 257)])
+@pytest.mark.parametrize("rows, cols", [(7, 5), (64, 32), (33, 100), (130, 257), (300, 64)])
 def test_products(dtype: torch.dtype, rows: int, cols: int) -> None:
-    """Odd shapes too: what was stored times x, in fp32; and the same bits whoever comes along."""
-    matrix, x = Matrix(random(rows, cols), dtype), random(9, cols, seed=1)
-    stored = matrix.many.double() * (1 if matrix.scale is None else matrix.scale.double()[:, None])
-    wanted = x.double() @ stored.T
-    for count in range(1, 10):
-        assert matrix._native is not None
-        y = native_step.multiply(matrix._native, x[:count])
-        assert float((y - wanted[:count]).abs().max()) < 2e-5 * cols**0.5
-        alone = [native_step.multiply(matrix._native, x[n : n + 1]) for n in range(count)]
-        assert torch.equal(y, torch.cat(alone))
+    """Odd shapes too, and every number of rows that tiles of six leave over."""
+    check_product(dtype, rows, cols, [*range(1, 14), 33, 70])
 
 
 @needs_compiler
-def test_threads_change_no_bit() -> None:
-    matrix, x = Matrix(random(2048, 600), torch.bfloat16), random(3, 600, seed=1)
-    found = []
-    for threads in (1, 2, 3):
-        y = torch.empty(3, 2048)
-        lib = native_step.library()
-        assert lib is not None
-        lib.multiply(native_step.ctypes.addressof(matrix._native), x.data_ptr(), 3, y.data_ptr(), threads)
-        found.append(y)
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_without_avx512(dtype: torch.dtype, without_avx512: None) -> None:
+    assert native_step.tiled_kinds() == 0 and native_step.most_tokens(1 << 30, dtype) < 10
+    check_product(dtype, 33, 100, [1, 2, 3, 4, 5, 9])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_change_no_bit(dtype: torch.dtype) -> None:
+    matrix, x = Matrix(random(2048, 600), dtype), random(40, 600, seed=1)
+    lib = native_step.library()
+    assert lib is not None
+    for count in (3, 40):
+        found = []
+        for threads in (1, 2, 3):
+            y = torch.empty(count, 2048)
+            address = native_step.ctypes.addressof(matrix._native)
+            lib.multiply(address, x.data_ptr(), count, y.data_ptr(), threads)
+            found.append(y)
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,14 +117,14 @@ def outputs(model: GPT, network: FusedNetwork, lengths: list[int], limit: int = 
 def test_a_step_equals_pytorch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows that come round, grouped heads, value embeddings, smear, rows that join: every logit."""
     network = FusedNetwork(MODEL, dtype)
-    network_is_exact = dtype != torch.bfloat16  # PyTorch rounds inputs to bf16, decode.c does not
+    is_exact = dtype == torch.float32 or (dtype == torch.int8 and not is_tiled(dtype))  # else somebody rounds
     for matrix in [network.head, *(m for layer in network.layers for m in layer[2:6])]:
-        matrix.wide = torch.float32  # of long prompts, which are PyTorch's either way
+        matrix.wide = torch.float32  # of long prompts without tiles, which are PyTorch's either way
     lengths = [3, 262, 17, 250]
     ours = outputs(MODEL, network, lengths)
     monkeypatch.setattr(native, "_override", False)
     theirs = outputs(MODEL, network, lengths)
-    if network_is_exact:
+    if is_exact:
         for a, b in zip(ours, theirs, strict=True):
             assert a == pytest.approx(b, abs=2e-4)
     else:
@@ -99,13 +133,74 @@ def test_a_step_equals_pytorch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [8, 32, 80])
+def test_company_changes_no_bit(dtype: torch.dtype, head_dim: int) -> None:
+    """Hidden states of 300 tokens in chunks of any size, beside another sequence; windows."""
+    model = GPT(GPTConfig(640, 262, 2, 4, 2, 4 * head_dim, "SL"))
+    with torch.no_grad():
+        for n, parameter in enumerate(model.parameters()):
+            parameter.copy_(random(*parameter.shape, seed=n, size=0.3))
+    network, ids = FusedNetwork(model, dtype), prompt(300)
+    kept = native_step.kv_dtype(network)
+
+    def hidden(sizes: list[int], beside: int = 0) -> torch.Tensor:
+        stores = [torch.full((640, 4, head_dim), torch.nan, dtype=kept) for _ in range(2)]
+        step = native_step.NativeStep.of(network, stores, [130, -1], [0, 0], 1, 16)
+        assert step is not None
+        tables = [[list(range(20)), list(range(20, 40))]]
+        found, at = [], 0
+        for size in sizes:
+            chunk = range(at, at + size)
+            given = [*ids[at : at + size], *ids[:beside]]
+            before = [-1 if n == 0 else ids[n - 1] for n in (*chunk, *range(beside))]
+            rows = [0] * size + [1] * beside
+            found.append(step(given, before, [*chunk, *range(beside)], rows, tables)[:size])
+            at += size
+        return torch.cat(found)
+
+    alone = hidden([1] * 300)
+    assert bool(alone.isfinite().all())
+    few, many = [[2] * 150, [3] * 100], [[300], [7] * 42 + [6], [131, 1, 168]]
+    for sizes in few + many if is_tiled(dtype) else few:
+        assert torch.equal(hidden(sizes), alone)
+        assert torch.equal(hidden(sizes, beside=1 if sizes in few else 40), alone)
+
+
+@needs_compiler
+def test_a_step_without_avx512(without_avx512: None) -> None:
+    test_company_changes_no_bit(torch.float32, 8)
+    test_company_changes_no_bit(torch.bfloat16, 32)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_company_changes_no_answer(dtype: torch.dtype) -> None:
+    """Sampled answers of narrow weights, many at once and one by one, prompts whole and in pieces."""
+    if not is_tiled(dtype):
+        pytest.skip("this processor multiplies no bf16 pairs: many tokens are PyTorch's, and differ in rounding")
+    network = FusedNetwork(MODEL, dtype)
+
+    def rows() -> list[Generation]:
+        return [start(prompt(5 + 7 * n), 20, seed=n, temperature=0.8, top_logprobs=2) for n in range(20)]
+
+    together, pieces, alone = rows(), rows(), rows()
+    run(Batch(MODEL, 20, 300, network=network), together)
+    run(Batch(MODEL, 20, 300, network=network, token_budget=29), pieces)
+    for row in alone:
+        run(Batch(MODEL, 1, 300, network=network), [row])
+    for a, b, c in zip(together, pieces, alone, strict=True):
+        assert a.output == b.output == c.output and a.logprobs == b.logprobs == c.logprobs
+
+
+@needs_compiler
 def test_steps_go_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few tokens do, many do not; nothing does where it is turned off, nor for another network."""
+    """As many tokens as pay; nothing does where it is turned off, nor for another network."""
     calls = []
     real = native_step.NativeStep.__call__
     monkeypatch.setattr(native_step.NativeStep, "__call__", lambda *a: (calls.append(len(a[1])), real(*a))[1])
     run(Batch(MODEL, 3, 80), [start(prompt(n), 9) for n in (20, 5, 3)])
-    assert calls and max(calls) <= native_step.MOST_SMALL and calls.count(3) == 8
+    assert calls[:1] == ([28] if is_tiled(torch.float32) else [3]) and calls.count(3) == 8
     calls.clear()
     run(Batch(MODEL, 1, 80, network=TrunkNetwork(MODEL)), [start(prompt(4), 3)])
     monkeypatch.setattr(native, "_override", False)

@@ -272,12 +272,15 @@ static const Tile BY_ONE[][AT_ONCE] = {NAMES_OF(FP32, 1)};
 static const Tile BY_FOUR[][AT_ONCE] = {NAMES_OF(FP32, 4)};
 #endif
 
-static inline void finish_four(float *to, __m128 values, const float *scale, int end) {
-    if (scale) values *= _mm_loadu_ps(scale);
+/* num = 1 or 4 elements, by the same instructions. */
+INLINE void finish_few(float *to, __m128 values, const float *scale, int num, int end) {
+    __m128 by = !scale ? _mm_set1_ps(1) : num == 4 ? _mm_loadu_ps(scale) : _mm_load_ss(scale);
+    if (end == ADD) values = _mm_fmadd_ps(values, by, num == 4 ? _mm_loadu_ps(to) : _mm_load_ss(to));
+    else values = _mm_mul_ps(values, by);
     if (end == RELU_SQUARED) values = _mm_max_ps(values, _mm_setzero_ps());
-    if (end == RELU_SQUARED) values *= values;
-    if (end == ADD) values = _mm_add_ps(_mm_loadu_ps(to), values);
-    _mm_storeu_ps(to, values);
+    if (end == RELU_SQUARED) values = _mm_mul_ps(values, values);
+    if (num == 4) _mm_storeu_ps(to, values);
+    else _mm_store_ss(to, values);
 }
 
 /* Rows first .. last - 1, at most SHARE_ROWS for many rows of x, of weights that lie at `w`, x in their kind. Behind
@@ -300,8 +303,8 @@ static SEPARATE void share(const Matrix *m, const char *w, const char *x, int64_
             const float *scale = m->kind == INT8 ? m->scale + first + at : NULL;
             for (int64_t c = 0; c < C; c++) {
                 float *to = y + (n + c) * m->rows + first + at;
-                if (R == 4) finish_four(to, _mm_loadu_ps(found[c]), scale, end);
-                else finish(to, scale ? *scale * found[c][0] : found[c][0], end);
+                if (R == 4) finish_few(to, _mm_loadu_ps(found[c]), scale, 4, end);
+                else finish_few(to, _mm_loadu_ps(found[c]), scale, 1, end);
             }
         }
     }

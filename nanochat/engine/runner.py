@@ -146,7 +146,7 @@ class Runner:
         Short single tokens go together under a mask, everything else chunk by chunk.
         """
         tier = pick(fa._override_impl, self.device, self.cache.dtype)
-        K, kv_dtype = self.num_kv_heads, self.cache.dtype
+        K, kept = self.num_kv_heads, self.cache.dtype
         slots = [self._slots(chunks, group) for group in range(len(self._pools))]
         spans, first = [], 0
         for chunk in chunks:
@@ -161,8 +161,8 @@ class Runner:
         def attend(layer: int, q_NHE: Tensor, kv_N2KE: Tensor) -> Tensor:
             group, i = self._place[layer]
             store_S2KE = self.cache.kv[group][i]
-            store_S2KE.index_copy_(0, slots[group], kv_N2KE.to(kv_dtype))
-            q_NHE, dtype, window = q_NHE.to(kv_dtype), q_NHE.dtype, self._windows[group]
+            store_S2KE.index_copy_(0, slots[group], kv_N2KE.to(kept))
+            q_NHE, dtype, window = q_NHE.to(kept), q_NHE.dtype, self._windows[group]
             team, left = teams[group], None if window < 0 else window
             if team is not None and not plans[group]:
                 return team.attend(q_NHE, store_S2KE, K).to(dtype)
