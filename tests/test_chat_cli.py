@@ -217,7 +217,7 @@ def test_an_interrupted_turn_leaves_a_working_session(monkeypatch: pytest.Monkey
     assert len(session.last.output) < 20 and len(list(session.ask("hello again"))) > 1
     assert [m["role"] for m in session.messages] == ["user", "assistant"] * 2
     network = session.engine.network()
-    monkeypatch.setattr(network, "hidden", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(network, "logits", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert "(stopped)" in talk(session, "hello")
     monkeypatch.undo()
     assert "(stopped)" not in talk(session, "hello")
