@@ -43,6 +43,7 @@ from nanochat.data.synthetic import documents as synthetic
 from nanochat.engine.batch import Batch
 from nanochat.engine.engine import Sampling
 from nanochat.engine.kv_cache import KVCache
+from nanochat.engine.native_step import kv_dtype
 from nanochat.engine.network import FusedNetwork, cpu_dtype
 from nanochat.engine.sequence import Generation
 from nanochat.gpt import GPT, GPTConfig
@@ -212,7 +213,7 @@ def bandwidth(
     return sorted(steps)[len(steps) // 2], data_bytes / sorted(reads)[len(reads) // 2]
 
 
-def bytes_per_step(model: GPT, dtype: torch.dtype, context: int, kv_bytes: int = 4) -> int:
+def bytes_per_step(model: GPT, dtype: torch.dtype, context: int, kv_bytes: int) -> int:
     """What one token has to move at `context` cached tokens."""
     cfg, counts = model.config, model.num_scaling_params()
     kv_dim = cfg.n_kv_head * (cfg.n_embd // cfg.n_head)
@@ -296,7 +297,7 @@ def main() -> None:
     if "bandwidth" in args.only:
         prompt = prompt_of(args.context // 4, args.vocab)
         ours, rate = bandwidth(engine_tokens(batch_of(1), prompt, args.tokens), clock)
-        moved = bytes_per_step(model, dtype, len(prompt) + args.tokens // 2)
+        moved = bytes_per_step(model, dtype, len(prompt) + args.tokens // 2, kv_dtype(network).itemsize)
         note(
             "bandwidth", "engine", step_seconds=round(ours, 6), tokens_per_second=round(1 / ours, 2),
             ratio=round(moved / ours / rate, 3), floor=FLOORS["bandwidth"], bytes_per_step=moved,
