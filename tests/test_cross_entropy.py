@@ -99,6 +99,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_the_triton_kernel_in_the_interpreter():
     pytest.importorskip("triton", reason="Triton is not installed")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}

@@ -136,7 +136,7 @@ def test_a_step_equals_pytorch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [8, 32, 80])
 def test_company_changes_no_bit(dtype: torch.dtype, head_dim: int) -> None:
-    """Hidden states of 300 tokens in chunks of any size, beside another sequence; windows."""
+    """Hidden states of 300 tokens in chunks of any size, beside another sequence."""
     model = GPT(GPTConfig(640, 262, 2, 4, 2, 4 * head_dim, "SL"))
     with torch.no_grad():
         for n, parameter in enumerate(model.parameters()):
@@ -178,7 +178,7 @@ def test_a_step_without_avx512(without_avx512: None) -> None:
 def test_company_changes_no_answer(dtype: torch.dtype) -> None:
     """Sampled answers of narrow weights, many at once and one by one, prompts whole and in pieces."""
     if not is_tiled(dtype):
-        pytest.skip("this processor multiplies no bf16 pairs: many tokens are PyTorch's, and differ in rounding")
+        pytest.skip("this processor multiplies no bf16 pairs")
     network = FusedNetwork(MODEL, dtype)
 
     def rows() -> list[Generation]:

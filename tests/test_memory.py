@@ -105,6 +105,7 @@ def test_the_whole_peak_within_15_percent(name, dtype) -> None:
     assert scaling.peak_bytes(memory) == pytest.approx(peak(lambda: train(plan, dtype)), rel=0.15)
 
 
+@pytest.mark.slow
 def test_the_peak_with_checkpointed_layers_within_15_percent() -> None:
     plan = plan_of("layers")
     memory = scaling.memory_bytes(
@@ -115,6 +116,7 @@ def test_the_peak_with_checkpointed_layers_within_15_percent() -> None:
     assert measured < 0.8 * peak(lambda: train(plan, torch.float32))
 
 
+@pytest.mark.slow
 def test_a_step_takes_at_most_half_of_the_plain_loop() -> None:
     """Measured, with logits large beside the weights, as at depth 12 with 32 rows of 2,048."""
     plan = scaling.plan(

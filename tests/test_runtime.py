@@ -170,6 +170,7 @@ print(use(), platform.libc_ver()[0])
 """
 
 
+@pytest.mark.slow
 def test_freed_memory_is_kept_for_the_next_step() -> None:
     """Without the setting each tensor of 8 MB is mapped and faulted in again: 20 x 2,048 pages of 4 KB."""
     faults = {}

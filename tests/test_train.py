@@ -63,6 +63,7 @@ def test_ten_golden_losses(home: Path) -> None:
     assert len(found) >= 10 and found == pytest.approx(GOLDEN["smoke_base"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_every_stage_resumes_bit_for_bit(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for script, stage in ((base_train, "base"), (mid_train, "mid"), (chat_sft, "sft")):
         run(script, home, "straight", "--save-every=3", "--eval-every=4")

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from nanochat.engine.network import FusedNetwork, Matrix
 
 SOURCE = Path(__file__).with_name("decode.c")
-SIGNATURES = {"multiply": "pplpi", "step": "ppppppp" "lll" "pp", "tiles": "p"}
+SIGNATURES = {"multiply": "pplpi", "step": "ppppppplllpp", "tiles": "p"}
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-# Tokens in one call at most. Beyond, PyTorch's matrix products win where decode.c has no tiles; int8 would have
-# to be widened for them. With AMX, which tiles do without, they win later; that number is not measured.
+# Tokens in one call at most. Beyond, PyTorch's products win where decode.c has no tiles; int8 would have to be
+# widened for them. With AMX, which tiles do without, they win later; that number is not measured.
 MOST, MOST_INT8, MOST_SMALL, MOST_AMX, ANY = 4, 8, 16, 32, 1 << 40
 SMALL_BYTES = 8 << 20  # of all matrices: in the caches, and small calls are what takes time
 ONE_THREAD_BYTES = 1 << 20  # a second thread gains less than meeting it costs
@@ -195,8 +195,8 @@ class NativeStep:
         self, ids: Sequence[int], prev: Sequence[int], positions: Sequence[int], rows: Sequence[int],
         tables: Sequence[Sequence[Sequence[int]]],
     ) -> Tensor:  # fmt: skip
-        """Hidden states (N, D); writes keys and values. rows: the sequence of each token, whose tokens come one
-        after the other; tables[group][row]: its blocks. Raises IndexError for ids outside the vocabulary.
+        """Hidden states (N, D); writes keys and values. rows: the sequence of each token, whose tokens come
+        one after the other; tables[group][row]: its blocks. Raises IndexError for ids outside the vocabulary.
         """
         lib, cfg, N = library(), self.config, len(ids)
         assert lib is not None and self.most >= N

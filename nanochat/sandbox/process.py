@@ -140,7 +140,7 @@ def wait(children: list[Child], deadline: float) -> bool:
         for fd, name in child.fds().items():
             owners[fd] = (child, name)
             poll.register(fd, select.POLLOUT if name == "in" else select.POLLIN)
-    # Streams end a moment before the process does: one that has said all, but lives, is looked at every 20 ms.
+    # Streams end a moment before their process: one that has said all, but lives, is looked at every 20 ms.
     is_ending = any(not child.fds() and child.process.poll() is None for child in children)
     pause = min(left, 0.02) if is_ending or not owners else left
     for fd, _ in poll.poll(max(1, int(pause * 1000))):
