@@ -200,3 +200,20 @@ def test_no_process_is_left(sandbox: Sandbox) -> None:
     child.end()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGCHLD)", "os.fork() or time.sleep(60)"])
+def test_without_walls_too_every_program_ends(
+    sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """One that asks to be traced stops at its first signal; one that forks leaves a child with its pipes."""
+    child = changed_child(tmp_path, "    for name, step in steps:", "    for name, step in []:")
+    monkeypatch.setattr("nanochat.sandbox.process.CHILD", child)
+    code = "import ctypes, os, signal, time\nprint(os.getpid(), flush=True)\n"
+    if "fork" not in end:
+        code += "ctypes.CDLL(None).ptrace(0, 0, 0, 0)\n"
+    found = sandbox.run(code + end, Limits(20.0))
+    assert found.how in ("killed", "done") and found.seconds < 15, found
+    if "fork" not in end:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(found.out), 0)

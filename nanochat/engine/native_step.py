@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 SOURCE = Path(__file__).with_name("decode.c")
 SIGNATURES = {"multiply": "pplpi", "step": "ppppppplllpp", "tiles": "p"}
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-# Tokens in one call at most. Beyond, PyTorch's products win where decode.c has no tiles; int8 would have to be
-# widened for them. With AMX, which tiles do without, they win later; that number is not measured.
+# Tokens in one call at most. Beyond, PyTorch's products win where decode.c has no tiles; int8 would have to
+# be widened for them. With AMX, which tiles do without, they win later; that number is not measured.
 MOST, MOST_INT8, MOST_SMALL, MOST_AMX, ANY = 4, 8, 16, 32, 1 << 40
 SMALL_BYTES = 8 << 20  # of all matrices: in the caches, and small calls are what takes time
 ONE_THREAD_BYTES = 1 << 20  # a second thread gains less than meeting it costs

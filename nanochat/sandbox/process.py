@@ -113,13 +113,23 @@ class Child:
             self.closed.add("in")
             self.process.stdin.close()
 
+    def _is_reaped(self) -> bool:
+        try:
+            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return True
+        return False
+
     def end(self) -> int:
         """Kill whatever is left, reap it, close the pipes; the exit code, negative for a signal."""
-        if self.process.poll() is None:
+        code = self.process.poll()  # also of one that is stopped, which Popen takes for dead
+        if not self._is_reaped():
             try:
                 os.killpg(self.process.pid, signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
-                self.process.kill()
+                os.kill(self.process.pid, signal.SIGKILL)
+            if code is not None:
+                os.waitpid(self.process.pid, 0)
         code = self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
             if pipe:
@@ -140,9 +150,10 @@ def wait(children: list[Child], deadline: float) -> bool:
         for fd, name in child.fds().items():
             owners[fd] = (child, name)
             poll.register(fd, select.POLLOUT if name == "in" else select.POLLIN)
-    # Streams end a moment before their process: one that has said all, but lives, is looked at every 20 ms.
+    # Streams end a moment before their process: one that has said all, but lives, is looked at every 20 ms. A
+    # process may also end before its streams, where another one holds them.
     is_ending = any(not child.fds() and child.process.poll() is None for child in children)
-    pause = min(left, 0.02) if is_ending or not owners else left
+    pause = min(left, 0.02 if is_ending or not owners else 0.25)
     for fd, _ in poll.poll(max(1, int(pause * 1000))):
         child, name = owners[fd]
         child.move(fd, name)

@@ -114,7 +114,8 @@ class Sandbox:
                 break
             if not child.unsent:
                 child.close_input()
-        while how is None and child.fds() and wait([child], time.monotonic() + 0.2):
+        drained = time.monotonic() + 0.2  # what holds the pipes longer is somebody else
+        while how is None and child.fds() and wait([child], drained):
             if child.flooded:
                 how = "flood"
         code_ = child.end()
