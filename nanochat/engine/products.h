@@ -20,7 +20,7 @@
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
-#if defined(__AVX512F__) && defined(__AVX512BW__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__FMA__)
 #define TILES 1
 #else
 #define TILES 0
@@ -220,7 +220,10 @@ INLINE void tile(const char *w, int64_t w_bytes, const char *x, int64_t x_bytes,
 #define HALF_REST(p) _mm256_maskz_loadu_epi8(mask, p)
     for (; k + 64 <= num_bytes; k += 64) {
         COLUMNS(WHOLE);
-        for (int i = 0; i < lines; i++) _mm_prefetch(ahead + i * w_bytes + k, R == 1 ? _MM_HINT_T0 : _MM_HINT_T1);
+        for (int i = 0; i < lines; i++) {
+            if (R == 1) _mm_prefetch(ahead + i * w_bytes + k, _MM_HINT_T0);
+            else _mm_prefetch(ahead + i * w_bytes + k, _MM_HINT_T1);
+        }
     }
     if (k < num_bytes) {
         __mmask32 mask = ((__mmask32)1 << (num_bytes - k) / 2) - 1;
