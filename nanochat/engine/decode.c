@@ -1,10 +1,10 @@
 /* Tokens of any sequences through all layers of a GPT on a CPU, in one call: what generating waits for.
  *
  * nanochat/engine/native_step.py compiles and calls this file; nanochat/engine/network.py holds the same
- * function in PyTorch, its oracle. A weight matrix is read once for all tokens (products.h); everything but the
- * products is fp32. What is computed for a token does not depend on the other tokens or on the number of threads, not
- * in the last bit: every sum has one order. Letters as in network.py: D width, H query and K key/value heads, E head
- * size.
+ * function in PyTorch, its oracle. A weight matrix is read once for all tokens (products.h). Keys and values are fp32 or
+ * bf16, and then queries are bf16 too; everything else but the products is fp32. What is computed for a token does
+ * not depend on the other tokens or on the number of threads, not in the last bit: every sum has one order. Letters as
+ * in network.py: D width, H query and K key/value heads, E head size.
  */
 #include <math.h>
 #include <stdint.h>
@@ -44,6 +44,7 @@ static inline int64_t room(int64_t count, int64_t cols) { return count * ((cols 
 EXPORT void multiply(const Matrix *m, const float *x, int64_t count, float *y, int32_t threads) {
     uint16_t *half = is_narrowed(m) ? malloc((size_t)room(count, m->cols) * 4) : NULL;
     if (is_narrowed(m) && !half) abort();
+    (void)threads;
     TEAM { product(m, x, count, y, STORE, half); }
     free(half);
 }
@@ -220,6 +221,7 @@ EXPORT void step(const Net *net, const int64_t *ids, const int64_t *prev, const 
     char *q = (char *)(wide + count * net->mlp);
     uint16_t *narrow = (uint16_t *)(void *)(q + count * H * E * 4);
     int threads = (int)net->threads;
+    (void)threads;
     TEAM {
         float *scores = malloc((size_t)(heads * TOGETHER * (longest + 8) + E) * sizeof(float));
         if (!scores) abort();

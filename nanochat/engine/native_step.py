@@ -105,10 +105,21 @@ def tiled_kinds() -> int:
     return found.value
 
 
-def kv_dtype(network: Any) -> torch.dtype:
-    """What keys and values are kept in on a CPU: bf16 if decode.c multiplies it and takes every step."""
+def suits(network: Any) -> bool:
+    """Whether decode.c can run this network: a FusedNetwork on a CPU, tables of one dtype, and a compiler."""
     layers = getattr(network, "layers", None)
-    if not layers or library() is None or layers[0][2].many.dtype == torch.float32:
+    if not layers or library() is None or network.wte_VD.device.type != "cpu":
+        return False
+    tables = [network.wte_VD, *(layer[7] for layer in layers if layer[7] is not None)]
+    same = {table.dtype for table in tables} in ({torch.float32}, {torch.bfloat16})
+    if not same or any(not table.is_contiguous() for table in tables):
+        return False
+    return all(describe(matrix) is not None for layer in layers for matrix in layer[2:6])
+
+
+def kv_dtype(network: Any) -> torch.dtype:
+    """What keys and values are kept in on a CPU: bf16 beside narrow matrices if decode.c takes every step."""
+    if not suits(network) or network.layers[0][2].many.dtype == torch.float32:
         return torch.float32
     return torch.bfloat16 if most_tokens(0, torch.bfloat16) == ANY else torch.float32
 
@@ -121,7 +132,7 @@ def most_tokens(num_bytes: int, dtype: torch.dtype) -> int:
 
 
 def multiply(matrix: CMatrix, x_ND: Tensor) -> Tensor:
-    """x W^T of few rows x (fp32) -> (N, rows), fp32. Needs `library()`."""
+    """x W^T of rows x (fp32) -> (N, rows), fp32, as a step multiplies. Needs `library()`."""
     lib = library()
     assert lib is not None and x_ND.dtype == torch.float32 and x_ND.shape[1] == matrix.cols
     x_ND = x_ND.contiguous()
@@ -139,6 +150,7 @@ class NativeStep:
         self, network: FusedNetwork, stores: Sequence[Tensor], windows: Sequence[int], groups: Sequence[int],
         num_groups: int, block_size: int,
     ) -> None:  # fmt: skip
+        assert block_size % 4 == 0  # decode.c reads keys by fours
         cfg = self.config = network.config
         self.num_groups, self.block_size = num_groups, block_size
         self.head_dim, self.mlp = network.head_dim, network.layers[0][4].many.shape[0]
@@ -171,17 +183,11 @@ class NativeStep:
 
     @staticmethod
     def of(network: Any, stores: Sequence[Tensor], *place: Any) -> NativeStep | None:
-        """For a FusedNetwork on a CPU, where decode.c could be built; else None."""
-        layers = getattr(network, "layers", None)
-        if not layers or library() is None or network.wte_VD.device.type != "cpu":
-            return None
-        tables = [network.wte_VD, *(layer[7] for layer in layers if layer[7] is not None)]
-        same = {table.dtype for table in tables} in ({torch.float32}, {torch.bfloat16})
-        if not same or any(not table.is_contiguous() for table in tables):
-            return None
-        if any(describe(matrix) is None for layer in layers for matrix in layer[2:6]):
-            return None
-        if any(not store.is_contiguous() for store in stores):
+        """Where `suits` says so, for stores of fp32, or of bf16 where decode.c multiplies it; else None."""
+        kinds = {store.dtype for store in stores}
+        has_pairs = tiled_kinds() >> KINDS[torch.bfloat16] & 1
+        is_kept = kinds == {torch.float32} or (kinds == {torch.bfloat16} and has_pairs)
+        if not suits(network) or not is_kept or any(not store.is_contiguous() for store in stores):
             return None
         return NativeStep(network, stores, *place)
 

@@ -80,8 +80,8 @@ class TrunkNetwork:
 class Matrix:
     """x -> x W^T in the dtype of x, with W kept as it is multiplied fastest, cast once.
 
-    dtype int8 keeps codes and a scale a row (see quantize). On a CPU with a compiler few tokens go through
-    decode.c, which multiplies any of the three in fp32. Without one, fp32 is laid out by columns (one token:
+    dtype int8 keeps codes and a scale a row (see quantize). On a CPU with a compiler tokens go through
+    decode.c, as many as are faster there. Without one, fp32 is laid out by columns (one token:
     5.0 against 3.1 billion weights/s), and bf16 has an fp16 twin for one token (9.9 against 7.0; one core of
     an AMD EPYC with AVX512-BF16): as many bytes, read by a better kernel, and three bits more exact.
     is_free: inputs have no bound, as relu^2 has none; they are scaled to at most 1, for fp16 ends at 65,504.
@@ -112,7 +112,9 @@ class Matrix:
         if not is_native and on_cpu and dtype == torch.bfloat16 and weight.abs().max() < 1024:
             self.single = weight.to(torch.float16)
         self._native = native_step.describe(self) if is_native else None
-        self._most = native_step.most_tokens(self.many.nbytes, self.many.dtype)
+        self._most = 0
+        if self._native is not None:
+            self._most = native_step.most_tokens(self.many.nbytes, self.many.dtype)
 
     def __call__(self, x_ND: Tensor) -> Tensor:
         if self._native is not None and len(x_ND) <= self._most and native_step.library() is not None:

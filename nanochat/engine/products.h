@@ -351,7 +351,8 @@ static SEPARATE void product(const Matrix *m, const float *x, int64_t count, flo
 #ifdef _OPENMP
     threads = omp_get_num_threads();
 #endif
-    int64_t at_once = least(is_many ? 4 * SHARE_ROWS : SHARE_BYTES / row, m->rows / (8 * threads)) / 4 * 4 + 4;
+    int64_t at_once = least(is_many ? 4 * SHARE_ROWS : SHARE_BYTES / row, m->rows / (8 * threads)) / 4 * 4;
+    if (at_once < 4) at_once = 4;
     int64_t shares = (m->rows + at_once - 1) / at_once;
     uint16_t *wide = NULL;
     if (is_many && m->kind == INT8 && !(wide = malloc((size_t)(SHARE_ROWS * cols) * 2))) abort();
@@ -361,6 +362,7 @@ static SEPARATE void product(const Matrix *m, const float *x, int64_t count, flo
         for (int64_t n = 0; n < count; n++) narrow_row(x + n * cols, cols, half + n * cols);
     }
 #endif
+    (void)half; /* where nothing is narrowed */
     SHARES
     for (int64_t s = 0; s < shares; s++) {
         int64_t first = s * at_once, last = least(first + at_once, m->rows);

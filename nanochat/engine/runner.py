@@ -17,7 +17,7 @@ import nanochat.flash_attention as fa
 from nanochat.engine.blocks import Copy, Pool
 from nanochat.engine.graphs import StaticSteps
 from nanochat.engine.kv_cache import PagedCache
-from nanochat.engine.native_step import NativeStep, kv_dtype
+from nanochat.engine.native_step import NativeStep, kv_dtype, library
 from nanochat.engine.network import FusedNetwork, Network
 from nanochat.engine.scheduler import Chunk
 from nanochat.flash_attention.cache import attend_kept
@@ -106,7 +106,7 @@ class Runner:
             prev += tokens[:-1]
             ids += tokens[1:]
             positions += range(chunk.start, chunk.stop)
-        if self.native is not None and len(ids) <= self.native.most and not self.is_paged:
+        if self.native is not None and len(ids) <= self.native.most and library() is not None:
             rows = [n for n, chunk in enumerate(chunks) for _ in range(chunk.start, chunk.stop)]
             tables = [
                 [chunk.generation.tables[group] for chunk in chunks] for group in range(len(self._pools))

@@ -29,7 +29,9 @@ RULES = (
     Rule("lm_head_lr", r"lm_head\.weight", 0.008, "ab", {"betas": (0.8, 0.96), "weight_decay": 0.01}),
     Rule("wte_lr", r"transformer\.wte\.weight", 0.3, "ab", {"betas": EMBEDDING, "weight_decay": 0.001}),
     Rule("value_embeds_lr", r"value_embeds\..+", 0.15, "ab", {"betas": EMBEDDING, "weight_decay": 0.01}),
-    Rule("bigram_embeds_lr", r"bigram_embeds\.weight", 0.004, "ab", {"betas": EMBEDDING, "weight_decay": 0.0}),
+    Rule(
+        "bigram_embeds_lr", r"bigram_embeds\.weight", 0.004, "ab", {"betas": EMBEDDING, "weight_decay": 0.0}
+    ),
     Rule("resid_lambdas_lr", r"resid_lambdas", 0.005, "b", {"betas": SCALAR, "weight_decay": 0.05}),
     Rule("x0_lambdas_lr", r"x0_lambdas", 0.5, "b", {"betas": (0.96, 0.95), "weight_decay": 0.0}),
     Rule("smear_backout_lr", r"smear_.+|backout_lambda", 0.2, "", {"betas": SCALAR, "weight_decay": 0.0}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -113,24 +114,30 @@ class Child:
             self.closed.add("in")
             self.process.stdin.close()
 
-    def _is_reaped(self) -> bool:
+    def moved(self) -> int:
+        """Grows with all that is heard of the child: bytes, and ends of streams."""
+        return len(self.out) + len(self.err) + len(self.closed)
+
+    def has_ended(self) -> bool:
+        """Whether the child itself is over. It is not reaped yet, so that its number stays its group's."""
+        if not hasattr(os, "waitid"):  # macOS before Python 3.13
+            return self.process.poll() is not None
         try:
-            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         except ChildProcessError:
             return True
-        return False
 
     def end(self) -> int:
-        """Kill whatever is left, reap it, close the pipes; the exit code, negative for a signal."""
-        code = self.process.poll()  # also of one that is stopped, which Popen takes for dead
-        if not self._is_reaped():
+        """Kill whatever is left of its session, reap it, close the pipes; the exit code, negative for a signal."""
+        if self.process.returncode is None:
             try:
                 os.killpg(self.process.pid, signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
-                os.kill(self.process.pid, signal.SIGKILL)
-            if code is not None:
-                os.waitpid(self.process.pid, 0)
+                self.process.kill()
         code = self.process.wait()
+        # Of one that had asked to be traced Popen takes the stop for the end.
+        with contextlib.suppress(ChildProcessError):
+            code = os.waitstatus_to_exitcode(os.waitpid(self.process.pid, 0)[1])
         for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
             if pipe:
                 try:
@@ -152,7 +159,7 @@ def wait(children: list[Child], deadline: float) -> bool:
             poll.register(fd, select.POLLOUT if name == "in" else select.POLLIN)
     # Streams end a moment before their process: one that has said all, but lives, is looked at every 20 ms. A
     # process may also end before its streams, where another one holds them.
-    is_ending = any(not child.fds() and child.process.poll() is None for child in children)
+    is_ending = any(not child.fds() and not child.has_ended() for child in children)
     pause = min(left, 0.02 if is_ending or not owners else 0.25)
     for fd, _ in poll.poll(max(1, int(pause * 1000))):
         child, name = owners[fd]

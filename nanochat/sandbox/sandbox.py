@@ -105,7 +105,7 @@ class Sandbox:
         begun = time.monotonic()
         child = Child.start({"role": "run", "code": code}, limits, self.skip)
         how = None
-        while child.process.poll() is None:
+        while not child.has_ended():
             if not wait([child], begun + limits.wall_seconds):
                 how = "timeout"
                 break
@@ -114,8 +114,9 @@ class Sandbox:
                 break
             if not child.unsent:
                 child.close_input()
-        drained = time.monotonic() + 0.2  # what holds the pipes longer is somebody else
-        while how is None and child.fds() and wait([child], drained):
+        moved = -1  # what is still in the pipes; whoever holds them longer is somebody else
+        while how is None and child.fds() and moved != (moved := child.moved()):
+            wait([child], min(time.monotonic() + 0.2, begun + limits.wall_seconds + 1))
             if child.flooded:
                 how = "flood"
         code_ = child.end()
@@ -186,7 +187,7 @@ def _relay(theirs: Child, ours: Child, deadline: float) -> Verdict:
         if call is not None and is_ready and not is_asked:
             theirs.unsent += wire.frame({"arguments": call.get("arguments"), "named": call.get("named")})
             call, is_asked = None, True
-        if theirs.process.poll() is not None and "out" in theirs.closed and (is_asked or not is_ready):
+        if theirs.has_ended() and "out" in theirs.closed and (is_asked or not is_ready):
             return Verdict(False, "the solution ended before its last answer")
-        if ours.process.poll() is not None and "out" in ours.closed and said is None:
+        if ours.has_ended() and "out" in ours.closed and said is None:
             return Verdict(False, f"the tests ended without a verdict: {ours.err[-200:]!r}")
