@@ -128,7 +128,7 @@ class Child:
             return True
 
     def end(self) -> int:
-        """Kill what is left of its session, reap it, close the pipes; the exit code, negative for a signal."""
+        """Kill what is left of its session, reap it, close the pipes; the exit code, of a signal negative."""
         if self.process.returncode is None:
             try:
                 os.killpg(self.process.pid, signal.SIGKILL)
