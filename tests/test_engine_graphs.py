@@ -19,6 +19,8 @@ from nanochat import native
 from nanochat.engine import graphs
 from nanochat.engine.batch import Batch
 from nanochat.engine.graphs import StaticSteps, blocks_of, rows_of
+from nanochat.engine.sampling import Draws, Sampling
+from nanochat.engine.sequence import Generation
 
 
 class Recorded:
@@ -84,6 +86,102 @@ def test_preempted_and_guessing() -> None:
     assert batch.scheduler.num_preempted and Recorded.made
 
 
+AHEAD_CASES = {
+    "one row": ([9], {}),
+    "limits of many": ([9, 3, 40, 21], {}),
+    "sampled, each its own way": ([9, 3, 40, 21], {"temperature": 0.9, "top_k": 20}),
+    "bans and biases": ([9, 3], {"banned": (5, 900), "logit_bias": {7: 3.0, 8: -50.0}}),
+    "the window comes round": ([290], {}),
+}
+
+
+@pytest.mark.parametrize("name", AHEAD_CASES)
+def test_ahead_of_the_host(name: str) -> None:
+    """Tokens that are fed back on the device are those that the host would have fed back."""
+    lengths, how = AHEAD_CASES[name]
+    limits, asked = [25, 7, 18, 30][: len(lengths)], [prompt(n) for n in lengths]
+
+    def rows() -> list[Generation]:
+        ways = [Sampling(**{"seed": n, **how}) for n in range(len(asked))]
+        if "each its own" in name:
+            ways[1] = Sampling(0.0)
+        given = zip(asked, limits, ways, strict=True)
+        return [Generation(ids, limit, way, frozenset()) for ids, limit, way in given]
+
+    plain = run(Batch(MODEL, 4, 320), rows())
+    for ahead, in_bursts in ((1, False), (5, False), (8, True)):
+        batch = static_batch(4, 320, ahead=ahead, in_bursts=in_bursts)
+        reads = count_reads(batch)
+        assert run(batch, rows()) == plain
+        assert batch.runner.has_graphs and (reads[0] == 0) == (ahead == 1)
+
+
+def count_reads(batch: Batch) -> list[int]:
+    """How often several tokens were read at once."""
+    found, real = [0], batch.runner.ahead
+
+    def ahead(*args: Any) -> Any:
+        tokens = real(*args)
+        found[0] += tokens is not None
+        return tokens
+
+    batch.runner.ahead = ahead  # type: ignore[method-assign]
+    return found
+
+
+def test_what_ends_a_row_ends_what_was_drawn_ahead() -> None:
+    """A stop token, a stop text, forced text, a caller who is gone; a newcomer; blocks that run out."""
+    ids = prompt(9)
+    said = alone(ids, 30, temperature=0.0)
+    for ahead in (1, 8):
+        batch = static_batch(2, 60, ahead=ahead)
+        row = start(ids, 30, temperature=0.0)
+        row.stop_ids = frozenset({said[10]})
+        assert run(batch, [row]) == [said[: said.index(said[10]) + 1]] and row.finish_reason == "stop"
+        gone, other = start(ids, 30, temperature=0.0), start(prompt(12), 20, temperature=0.0)
+        batch.admit([gone])
+        while batch.is_running:
+            batch.emit()
+            if len(gone.output) == 6:
+                gone.finish_reason = "abort"
+                batch.admit([other])
+            batch.compute()
+        assert gone.output == said[:6] and other.output == alone(prompt(12), 20, temperature=0.0)
+        tight = static_batch(3, 60, ahead=ahead, num_blocks=7)
+        assert run(tight, [start(p, 20, temperature=0.0) for p in texts(3)]) == [
+            alone(p, 20, temperature=0.0) for p in texts(3)
+        ]
+        asked = start(ids, 30, temperature=0.0)
+        batch.admit([asked])
+        while batch.is_running:
+            batch.emit()
+            if len(asked.output) == 5 and not asked.forced:
+                asked.forced.extend([1, 2, 3])  # as the tool does between two tokens
+                asked.ahead.clear()
+            batch.compute()
+        assert asked.output[:8] == [*said[:5], 1, 2, 3]
+        assert asked.output[8:] == alone([*ids, *said[:5], 1, 2, 3], 22, temperature=0.0)
+
+
+def test_the_tool_in_a_text_drawn_ahead() -> None:
+    """Its answer is forced in the middle of tokens that were drawn without it."""
+
+    class Tool:
+        def __init__(self) -> None:
+            self.seen = 0
+
+        def feed(self, token: int) -> list[int]:
+            self.seen += 1
+            return [4, 5] if self.seen == 6 else []
+
+    found = []
+    for ahead in (1, 8):
+        row = start(prompt(9), 24, temperature=0.0)
+        row._tool = Tool()  # type: ignore[assignment]
+        found += run(static_batch(1, 60, ahead=ahead), [row])
+    assert found[0] == found[1] and found[0][6:8] == [4, 5] and len(found[0]) == 24
+
+
 def test_a_stale_replay_is_noticed() -> None:
     """The control: a graph that keeps its first output tells another story."""
 
@@ -109,7 +207,7 @@ def test_what_cannot_be_captured_runs_as_before(capsys: pytest.CaptureFixture[st
 
 def test_logits_outlive_the_next_replay() -> None:
     """What a step gave is kept while others run: a graph's own memory is not handed out."""
-    batch = static_batch(1, 60)
+    batch = static_batch(1, 60, ahead=1)
     row = start(prompt(5), 9)
     batch.admit([row])
     batch.compute()
@@ -126,18 +224,31 @@ def test_logits_outlive_the_next_replay() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_on_a_gpu_graphs_equal_eager() -> None:
+def test_on_a_gpu_graphs_equal_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no draw waits for the device."""
     from nanochat.engine.network import FusedNetwork
 
+    real = Draws.__call__
+
+    def strict(self: Draws, *args: Any) -> torch.Tensor:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return real(self, *args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Draws, "__call__", strict)
     model = MODEL.to("cuda")
     try:
         network = FusedNetwork(model, torch.float32)
-        found = []
-        for is_static in (True, False):
-            batch = Batch(model, 4, 320, network=network)
-            assert isinstance(batch.runner.static, graphs.StaticSteps)
-            batch.runner.static = batch.runner.static if is_static else None
-            found.append(run(batch, [start(ids, 20, seed=1, temperature=0.0) for ids in texts(4)]))
-        assert found[0] == found[1]
+        for temperature in (0.0, 0.7):
+            found = []
+            for is_static in (True, False):
+                batch = Batch(model, 4, 320, network=network)
+                assert isinstance(batch.runner.static, graphs.StaticSteps)
+                batch.runner.static = batch.runner.static if is_static else None
+                rows = [start(ids, 20, seed=1, temperature=temperature) for ids in texts(4)]
+                found.append(run(batch, rows))
+            assert found[0] == found[1]
     finally:
         model.to("cpu")

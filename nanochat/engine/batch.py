@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
-from nanochat.engine.blocks import BlockManager
+from nanochat.engine.blocks import BlockManager, Copy
 from nanochat.engine.kv_cache import KVCache
 from nanochat.engine.network import Network, network_of
 from nanochat.engine.runner import BLOCK_SIZE, Runner, pools_for
-from nanochat.engine.sampling import sample, top_logprobs
+from nanochat.engine.sampling import Draws, sample, top_logprobs
 from nanochat.engine.scheduler import TOKEN_BUDGET, Chunk, Scheduler
 from nanochat.engine.sequence import Generation
 
+AHEAD = 8  # a stop wastes 3.5 tokens of its row on average, and newcomers wait for so many at most
 SCORED_AT_ONCE = 128  # tokens of a prompt: their logits take 16 MB with 32,768 ids
 
 
@@ -32,6 +33,7 @@ class Batch:
     in_bursts: forced text, and guesses that were right, appear in one emit, not a token an emit.
     speculate: tokens guessed at most a step and row (nanochat.engine.lookup), 0 for none. What is drawn does
     not depend on it: a guess is kept where it is the token drawn anyway.
+    ahead: tokens of every row drawn at most before the host reads them, where steps are graphs (GPUs).
     """
 
     def __init__(
@@ -45,10 +47,11 @@ class Batch:
         num_blocks: int | None = None,
         in_bursts: bool = False,
         speculate: int = 0,
+        ahead: int = AHEAD,
     ) -> None:
         if speculate < 0:
             raise ValueError(f"speculate must be at least 0 tokens, found {speculate}")
-        self.num_rows, self.in_bursts, self.speculate = num_rows, in_bursts, speculate
+        self.num_rows, self.in_bursts, self.speculate, self.ahead = num_rows, in_bursts, speculate, ahead
         pools = pools_for(model.config, num_rows, context, token_budget, num_blocks, BLOCK_SIZE)
         self.blocks = BlockManager(pools, BLOCK_SIZE)
         self.scheduler = Scheduler(self.blocks, num_rows, token_budget)
@@ -93,17 +96,26 @@ class Batch:
         running = [row for row in self.scheduler.running if row.finish_reason is None]
         forced = [row for row in running if row.forced]
         drawing = [row for row in self._ready if row.finish_reason is None and not row.forced]
+        known = [row for row in running if row.ahead and not row.forced]
         for row in forced:
             row.take(-1)
+        for row in known:
+            self._take_ahead(row)
         still = self._draw(drawing)
         if self.in_bursts:
             while still:
                 still = self._draw(still)
-            for row in drawing:
+            for row in [*drawing, *known]:
+                while row.ahead:
+                    self._take_ahead(row)
                 while row.forced and row.finish_reason is None:
                     row.take(-1)
         self.scheduler.sweep()
-        return [*forced, *drawing]
+        return [*forced, *known, *drawing]
+
+    def _take_ahead(self, row: Generation) -> None:
+        row.take_ahead()
+        self.blocks.computed(row)
 
     def _draw(self, rows: list[Generation]) -> list[Generation]:
         """A token for each of these rows; returns those that can draw the next one at once."""
@@ -124,13 +136,15 @@ class Batch:
 
     def compute(self) -> None:
         """Run the model on what is known and not computed: next tokens, prompts, forced text."""
+        if any(row.ahead and row.finish_reason is None for row in self.scheduler.running):
+            return  # what is known ahead is shown first
         if self.speculate:
             for row in self.scheduler.running:
                 if row not in self._ready:
                     row.propose(self.speculate)
         chunks, copies = self.scheduler.schedule()
         self._ready = {row: logits for row, logits in self._ready.items() if row.row >= 0}
-        if not chunks:
+        if not chunks or self._goes_ahead(chunks, copies):
             return
         hidden_ND = self.runner.run(chunks, copies)
         ends, at = (
@@ -155,6 +169,32 @@ class Batch:
             self._ready.setdefault(row, []).append(logits_V)
         self._ready |= {follower: list(self._ready[leader]) for leader, follower in forks}
         self._stacked_BV = logits_BV if is_all and len(self._ready) == len(ends) else None
+
+    def _goes_ahead(self, chunks: list[Chunk], copies: list[Copy]) -> bool:
+        """Draw several tokens of every row without reading them in between, where a graph of the step is had,
+        nobody waits and no row needs the host before its next token.
+        """
+        rows = [chunk.generation for chunk in chunks]
+        steps = min(self.ahead, *(row.limit - len(row.output) for row in rows))
+        is_plain = all(
+            chunk.stop - chunk.start == 1 and chunk.stop == row.num_tokens and row.output and row.is_plain
+            for chunk, row in zip(chunks, rows, strict=True)
+        )
+        if steps < 2 or not is_plain or self._ready or self.scheduler.waiting:
+            return False
+        if not self.runner.has_graphs or not self.scheduler.reserve_ahead(chunks, steps, copies):
+            return False
+        positions = [row.num_tokens for row in rows]
+        settings = [row.sampling for row in rows]
+        draws = Draws(settings, positions, steps, self.runner.device, self.runner.vocab)
+        found = self.runner.ahead(chunks, copies, draws, steps)
+        if found is None:
+            return False
+        copies.clear()
+        self.scheduler.computed(chunks)
+        for row, tokens in zip(rows, found, strict=True):
+            row.ahead.extend(tokens)
+        return True
 
     def forget(self) -> None:
         """Drop all known prefixes: the weights have changed."""

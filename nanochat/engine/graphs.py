@@ -1,4 +1,5 @@
-"""Steps of single tokens with shapes that do not change, so that a GPU can replay them as one graph.
+"""Steps of single tokens with shapes that do not change, so that a GPU can replay them as one graph, and
+several of them before the host reads what was drawn.
 
 A small model's step is some hundred kernels, each of which takes longer to launch than to run. A graph of
 them is captured once for a number of rows and a length of block tables and replayed with one launch: numbers
@@ -19,6 +20,7 @@ from torch import Tensor
 import nanochat.flash_attention as fa
 from nanochat.engine.kv_cache import PagedCache
 from nanochat.engine.network import Network
+from nanochat.engine.sampling import Draws
 from nanochat.engine.scheduler import Chunk
 from nanochat.flash_attention.cache import Cache
 from nanochat.flash_attention.select import pick
@@ -96,11 +98,47 @@ class StaticSteps:
         self, chunks: Sequence[Chunk], ids: list[int], prev: list[int], positions: list[int]
     ) -> tuple[Tensor, Tensor] | None:
         """Compute these single tokens, whose blocks are reserved; writes keys and values."""
+        found = self._ready(chunks, ids, prev, positions, 1)
+        if found is None:
+            return None
+        graph = found[0]
+        graph.replay()
+        hidden_BD, logits_BV = (output[: len(ids)] for output in graph.output)
+        return hidden_BD.clone(), logits_BV.clone()  # the next replay writes over them
+
+    @torch.no_grad()
+    def ahead(
+        self, chunks: Sequence[Chunk], ids: list[int], prev: list[int], positions: list[int],
+        draws: Draws, steps: int,
+    ) -> list[list[int]] | None:  # fmt: skip
+        """The next `steps` tokens of each row, drawn and fed back on the device: the host waits once, at the
+        end. Blocks must be reserved for all but the last of them.
+        """
+        found = self._ready(chunks, ids, prev, positions, steps)
+        if found is None:
+            return None
+        graph, static_3B = found
+        count, drawn = len(ids), list[Tensor]()
+        ids_B, prev_B, positions_B = (row[:count] for row in static_3B)
+        for step in range(steps):
+            if step:
+                prev_B.copy_(ids_B)
+                ids_B.copy_(drawn[-1])
+                positions_B.add_(1)
+            graph.replay()
+            drawn.append(draws(graph.output[1][:count], step))
+        tokens: list[list[int]] = torch.stack(drawn, dim=1).tolist()
+        return tokens
+
+    def _ready(
+        self, chunks: Sequence[Chunk], ids: list[int], prev: list[int], positions: list[int], steps: int
+    ) -> tuple[Graph, Tensor] | None:
+        """The graph for these rows and its numbers (ids, prev, positions), filled in; None: see `problem`."""
         count = len(chunks)
         if self.problem or count > self.most or any(chunk.stop - chunk.start != 1 for chunk in chunks):
             return None
         size = self.cache.block_size
-        rows, blocks = rows_of(count), blocks_of(max(positions) // size + 1)
+        rows, blocks = rows_of(count), blocks_of((max(positions) + steps - 1) // size + 1)
         spare = rows - count
         numbers_3B = torch.tensor(
             [[*ids, *[0] * spare], [*prev, *[-1] * spare], [*positions, *[0] * spare]], dtype=torch.int64
@@ -122,9 +160,7 @@ class StaticSteps:
         graph, static_3B, static_GBW = found
         static_3B.copy_(numbers_3B)
         static_GBW.copy_(tables_GBW)
-        graph.replay()
-        hidden_BD, logits_BV = graph.output
-        return hidden_BD[:count].clone(), logits_BV[:count].clone()  # the next replay writes over them
+        return graph, static_3B
 
     def _captured(self, static_3B: Tensor, static_GBW: Tensor) -> tuple[Graph, Tensor, Tensor] | None:
         """Running it while capturing is harmless: it writes the same keys and values as the replay."""

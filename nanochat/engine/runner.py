@@ -19,6 +19,7 @@ from nanochat.engine.graphs import StaticSteps
 from nanochat.engine.kv_cache import PagedCache
 from nanochat.engine.native_step import NativeStep, kv_dtype, library
 from nanochat.engine.network import FusedNetwork, Network
+from nanochat.engine.sampling import Draws
 from nanochat.engine.scheduler import Chunk
 from nanochat.flash_attention.cache import attend_kept
 from nanochat.flash_attention.select import pick
@@ -54,6 +55,19 @@ def pools_for(
         enough = 2 + num_rows * reach + -(-token_budget // size) + num_rows
         pools.append(Pool(min(whole, enough), window, min(reach, row_blocks)))
     return pools
+
+
+def numbers_of(chunks: Sequence[Chunk]) -> tuple[list[int], list[int], list[int]]:
+    """(ids, the token before each or -1, positions) of the chunks' tokens, chunk after chunk."""
+    ids, prev, positions = list[int](), list[int](), list[int]()
+    for chunk in chunks:
+        tokens = chunk.generation.tokens(max(0, chunk.start - 1), chunk.stop)
+        if chunk.start == 0:
+            tokens = [-1, *tokens]
+        prev += tokens[:-1]
+        ids += tokens[1:]
+        positions += range(chunk.start, chunk.stop)
+    return ids, prev, positions
 
 
 class Runner:
@@ -98,14 +112,7 @@ class Runner:
         no_grad and not inference_mode: masks and tables that are made here and kept may serve training later.
         """
         self.cache.copy_blocks(copies)
-        ids, prev, positions = list[int](), list[int](), list[int]()
-        for chunk in chunks:
-            tokens = chunk.generation.tokens(max(0, chunk.start - 1), chunk.stop)
-            if chunk.start == 0:
-                tokens = [-1, *tokens]
-            prev += tokens[:-1]
-            ids += tokens[1:]
-            positions += range(chunk.start, chunk.stop)
+        ids, prev, positions = numbers_of(chunks)
         if self.native is not None and len(ids) <= self.native.most and library() is not None:
             rows = [n for n, chunk in enumerate(chunks) for _ in range(chunk.start, chunk.stop)]
             tables = [
@@ -120,6 +127,24 @@ class Runner:
         attend = self._attend_paged(chunks) if self.is_paged else self._attend_views(chunks)
         lengths = [chunk.stop - chunk.start for chunk in chunks]
         return self.network.hidden(numbers_3N[0], numbers_3N[1], numbers_3N[2], attend, lengths)
+
+    @property
+    def has_graphs(self) -> bool:
+        return self.static is not None and self.static.problem is None
+
+    @property
+    def vocab(self) -> int:
+        return int(self.config.vocab_size)
+
+    @torch.no_grad()
+    def ahead(
+        self, chunks: Sequence[Chunk], copies: Sequence[Copy], draws: Draws, steps: int
+    ) -> list[list[int]] | None:
+        """The next `steps` tokens of rows, each chunk its last known token; None where no graph is had."""
+        if self.static is None:
+            return None
+        self.cache.copy_blocks(copies)
+        return self.static.ahead(chunks, *numbers_of(chunks), draws, steps)
 
     @torch.no_grad()
     def logits(self, hidden_ND: Tensor) -> Tensor:

@@ -95,22 +95,61 @@ def sample(
             rows_BV[row] = adjust(rows_BV[row], s, histories[row] if histories else ((), ()), banned)
     if rows_BV:
         logits_BV = torch.stack(rows_BV)
-    groups: dict[tuple, list[int]] = {}
-    for row, s in enumerate(settings):
-        groups.setdefault((s.temperature, s.top_k, s.top_p, s.min_p), []).append(row)
-    tokens = [0] * len(settings)
-    chosen: list[tuple[list[int], torch.Tensor]] = []
-    for (temperature, top_k, top_p, min_p), rows in groups.items():
-        part_BV = logits_BV if len(rows) == len(settings) else logits_BV[rows]
-        if temperature == 0:
-            chosen.append((rows, part_BV.argmax(dim=1)))
-        else:
-            draws_B = torch.tensor([uniform(settings[r].seed, positions[r]) for r in rows])
-            chosen.append((rows, draw(part_BV, draws_B.to(part_BV.device), temperature, top_k, top_p, min_p)))
-    found = torch.cat([ids_B for _, ids_B in chosen]).tolist()  # the one place where the host waits
-    for row, token in zip((row for rows, _ in chosen for row in rows), found, strict=True):
-        tokens[row] = token
-    return tokens
+    return Draws(settings, positions, 1, logits_BV.device)(logits_BV, 0).tolist()  # the host waits here
+
+
+class Draws:
+    """The next `steps` draws of each row, made ready: a call reads nothing from the device and copies nothing
+    to it. Rows with the same settings are drawn together. vocab: of logits whose biases and bans are applied
+    here; 0 where the caller has done it. Penalties depend on what was drawn and are the caller's.
+    """
+
+    def __init__(
+        self,
+        settings: Sequence[Sampling],
+        positions: Sequence[int],
+        steps: int,
+        device: torch.device,
+        vocab: int = 0,
+    ) -> None:
+        biases = [
+            (r, i, x) for r, s in enumerate(settings) for i, x in s.logit_bias.items() if 0 <= i < vocab
+        ]
+        bans = [(r, i) for r, s in enumerate(settings) for i in s.banned if 0 <= i < vocab]
+        self._biases_2N = torch.tensor([pair[:2] for pair in biases], device=device).t()
+        self._values_N = torch.tensor([value for *_, value in biases], device=device)
+        self._bans_2N = torch.tensor(bans, device=device).t()
+        groups: dict[tuple, list[int]] = {}
+        for row, s in enumerate(settings):
+            groups.setdefault((s.temperature, s.top_k, s.top_p, s.min_p), []).append(row)
+        self._parts: list[tuple[tuple, torch.Tensor | None, torch.Tensor | None]] = []
+        for how, rows in groups.items():
+            index_N = None if len(groups) == 1 else torch.tensor(rows, device=device)
+            draws_SN = None
+            if how[0] > 0:
+                numbers = [[uniform(settings[r].seed, positions[r] + s) for r in rows] for s in range(steps)]
+                draws_SN = torch.tensor(numbers, device=device)
+            self._parts.append((how, index_N, draws_SN))
+
+    def __call__(self, logits_BV: torch.Tensor, step: int) -> torch.Tensor:
+        """Token ids (B,) of step 0, 1, ..."""
+        if self._biases_2N.numel() or self._bans_2N.numel():
+            logits_BV = logits_BV.float().clone()
+        if self._biases_2N.numel():
+            logits_BV[self._biases_2N[0], self._biases_2N[1]] += self._values_N
+        if self._bans_2N.numel():
+            logits_BV[self._bans_2N[0], self._bans_2N[1]] = -math.inf
+        found_B = torch.empty(len(logits_BV), dtype=torch.int64, device=logits_BV.device)
+        for (temperature, top_k, top_p, min_p), index_N, draws_SN in self._parts:
+            part_NV = logits_BV if index_N is None else logits_BV[index_N]
+            if draws_SN is None:
+                ids_N = part_NV.argmax(dim=1)
+            else:
+                ids_N = draw(part_NV, draws_SN[step], temperature, top_k, top_p, min_p)
+            if index_N is None:
+                return ids_N
+            found_B[index_N] = ids_N
+        return found_B
 
 
 def adjust(logits_V: torch.Tensor, s: Sampling, history: History, banned: Sequence[int] = ()) -> torch.Tensor:

@@ -81,6 +81,10 @@ class Scheduler:
             self._admit(chunks, copies, budget)
         return chunks, copies
 
+    def reserve_ahead(self, chunks: Sequence[Chunk], steps: int, copies: list[Copy]) -> bool:
+        """Blocks for steps - 1 tokens that will follow each of these chunks; nobody is preempted for them."""
+        return all(self.blocks.reserve(chunk.generation, chunk.stop + steps - 1, copies) for chunk in chunks)
+
     def computed(self, chunks: Sequence[Chunk]) -> list[tuple[Generation, Generation]]:
         """Count a step's tokens as computed -> (leader, follower) for each sequence that starts as a fork."""
         forks = []
@@ -141,6 +145,7 @@ class Scheduler:
         self.blocks.release(generation)
         self._rows.append(generation.row)
         generation.row, generation.draft, generation.num_drafted = -1, [], 0
+        generation.ahead.clear()
 
     def _preempt(self, generation: Generation) -> None:
         self._stop(generation)

@@ -74,6 +74,8 @@ class Generation:
         self.draft: list[int] = []
         self.num_drafted = 0
         self.lookup: Lookup | None = None
+        # Tokens that were drawn before the ones before them were read; all but the last are computed.
+        self.ahead: deque[int] = deque()
 
     @property
     def num_tokens(self) -> int:
@@ -127,6 +129,20 @@ class Generation:
         if not goes_on:
             self.draft = []
         return goes_on
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its next tokens can be drawn without the host: they depend on logits and fixed settings."""
+        is_open = self.top_logprobs is None and len(self.output) >= self.min_tokens
+        return is_open and not self.forced and not self.draft and not self.sampling.has_penalties
+
+    def take_ahead(self) -> None:
+        """Take the next token that was drawn ahead. A stop, or forced text, makes the rest void."""
+        self.take(self.ahead.popleft())
+        if self.forced or self.finish_reason is not None:
+            self.ahead.clear()
+        elif self.ahead:
+            self.num_computed += 1
 
     @property
     def banned_now(self) -> tuple[int, ...]:
