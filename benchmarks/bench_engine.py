@@ -4,6 +4,7 @@
     python benchmarks/bench_engine.py --only=bandwidth --depth=20 --csv=auto
     python benchmarks/bench_engine.py --only=load --depth=4 --head-dim=32 --vocab=4096 --csv=auto
     python benchmarks/bench_engine.py --only=guess --csv=auto
+    python benchmarks/bench_engine.py --device=cuda --only=decode,load --tokens=200 --csv=auto
 
 decode: one sequence. mixed: 32 requests of mixed lengths at once, as tokens a second of them all. Both
 against `model.generate`, which computes the whole row for every token, and against a plain loop with a KV
@@ -40,7 +41,7 @@ import nanochat.engine.batch as batch_module
 from nanochat import chat, scaling
 from nanochat.data.synthetic import chats
 from nanochat.data.synthetic import documents as synthetic
-from nanochat.engine.batch import Batch
+from nanochat.engine.batch import AHEAD, Batch
 from nanochat.engine.engine import Sampling
 from nanochat.engine.kv_cache import KVCache
 from nanochat.engine.native_step import kv_dtype
@@ -71,24 +72,25 @@ def plain_loop(model: GPT, prompt: list[int], num_tokens: int) -> Iterator[int]:
     """A dense cache, one token at a time, nothing prepared: greedy."""
     cfg = model.config
     cache = KVCache(
-        1, cfg.n_kv_head, len(prompt) + num_tokens, cfg.n_embd // cfg.n_head, cfg.n_layer, "cpu",
-        model.compute_dtype,
+        1, cfg.n_kv_head, len(prompt) + num_tokens, cfg.n_embd // cfg.n_head, cfg.n_layer,
+        model.get_device(), model.compute_dtype,
     )  # fmt: skip
     ids = prompt
     with torch.inference_mode():
         for _ in range(num_tokens):
-            ids = [int(model(torch.tensor([ids]), kv_cache=cache)[0, -1].argmax())]
+            ids = [int(model(torch.tensor([ids], device=model.get_device()), kv_cache=cache)[0, -1].argmax())]
             yield ids[0]
 
 
-def step_seconds(tokens: Iterator[int], clock: Callable[[], float]) -> float:
-    """Median time of a token after the first."""
+def step_seconds(tokens: Iterator[int], clock: Callable[[], float], device: str) -> float:
+    """Median time of a token after the first; of AHEAD at once where they may come at once (GPUs)."""
     next(tokens)
     times = [clock()]
     for _ in tokens:
         times.append(clock())
-    gaps = sorted(b - a for a, b in itertools.pairwise(times))
-    return gaps[len(gaps) // 2]
+    across = AHEAD if device != "cpu" and len(times) > 2 * AHEAD else 1
+    gaps = sorted(b - a for a, b in zip(times, times[across:], strict=False))
+    return gaps[len(gaps) // 2] / across
 
 
 def engine_tokens(batch: Batch, prompt: list[int], num_tokens: int) -> Iterator[int]:
@@ -196,10 +198,13 @@ def tell(
 
 
 def bandwidth(
-    tokens: Iterator[int], clock: Callable[[], float], data_bytes: int = 200 << 20
+    tokens: Iterator[int], clock: Callable[[], float], device: str, data_bytes: int = 200 << 20
 ) -> tuple[float, float]:
-    """(median seconds of a token, median bytes/s of summing 200 MB), in turn: both see the same load."""
-    data = torch.ones(data_bytes // 4)
+    """(median seconds of a token, median bytes/s of summing 200 MB or, on a GPU, 4 GB), in turn: both see the
+    same load.
+    """
+    data_bytes *= 1 if device == "cpu" else 20
+    data = torch.ones(data_bytes // 4, device=device)
     next(tokens)
     steps, reads = list[float](), list[float]()
     while True:
@@ -207,7 +212,7 @@ def bandwidth(
         if next(tokens, None) is None:
             break
         middle = clock()
-        data.sum()
+        data.sum().item()
         steps.append(middle - begin)
         reads.append(clock() - middle)
     return sorted(steps)[len(steps) // 2], data_bytes / sorted(reads)[len(reads) // 2]
@@ -240,6 +245,7 @@ def main() -> None:
     parser.add_argument("--speculate", default="3,8", help="tokens guessed at most, of guess")
     parser.add_argument("--tokens", type=int, default=24, help="per measurement of one sequence")
     parser.add_argument("--plain-requests", type=int, default=3, help="of the 32, given to the plain loop")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--csv", help="file to write, or auto for benchmarks/record/MACHINE/DATE-engine.csv")
@@ -247,16 +253,18 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     clock = time.perf_counter if args.clock == "wall" else time.process_time
-    model = model_of(args.depth, args.vocab, args.context, args.head_dim)
-    dtype = getattr(torch, args.dtype) if args.dtype else cpu_dtype(model)
+    model = model_of(args.depth, args.vocab, args.context, args.head_dim).to(args.device)
+    on_cpu = args.device == "cpu"
+    model.compute_dtype = torch.float32 if on_cpu else torch.bfloat16
+    dtype = getattr(torch, args.dtype) if args.dtype else cpu_dtype(model) if on_cpu else torch.bfloat16
     network = FusedNetwork(model, dtype)
     rows: list[dict[str, object]] = []
 
     def note(what: str, how: str, **found: object) -> None:
         row = {
             "benchmark": what, "how": how, "depth": args.depth, "width": model.config.n_embd,
-            "vocab": args.vocab, "context_tokens": args.context, "dtype": str(dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(), "clock": args.clock,
+            "device": args.device, "vocab": args.vocab, "context_tokens": args.context,
+            "dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads(), "clock": args.clock,
             "step_seconds": "", "tokens_per_second": "", "ratio": "", "floor": "", "bytes_per_step": "",
             "read_bytes_per_second": "", "first_token_p50_seconds": "", "first_token_p99_seconds": "",
             "tokens_per_pass": "",
@@ -270,13 +278,13 @@ def main() -> None:
     wide, narrow = torch.float32, torch.bfloat16
     if "decode" in args.only:
         prompt = prompt_of(args.context // 4, args.vocab)
-        ours = step_seconds(engine_tokens(batch_of(1), prompt, args.tokens), clock)
+        ours = step_seconds(engine_tokens(batch_of(1), prompt, args.tokens), clock, args.device)
         note("decode", "engine", step_seconds=round(ours, 6), tokens_per_second=round(1 / ours, 2))
         for how, compute in (("plain, casts", narrow), ("plain, fp32", wide), ("model.generate", wide)):
             model.compute_dtype = compute
             is_naive = how == "model.generate"
             tokens = model.generate(prompt, 3, 0) if is_naive else plain_loop(model, prompt, args.tokens // 2)
-            theirs = step_seconds(tokens, clock)
+            theirs = step_seconds(tokens, clock, args.device)
             floor = FLOORS["decode"] if how != "plain, fp32" else ""
             note(
                 "decode", how, step_seconds=round(theirs, 6), tokens_per_second=round(1 / theirs, 2),
@@ -296,8 +304,10 @@ def main() -> None:
             note("mixed", how, tokens_per_second=round(theirs, 2), ratio=round(ours / theirs, 2), floor=floor)
     if "bandwidth" in args.only:
         prompt = prompt_of(args.context // 4, args.vocab)
-        ours, rate = bandwidth(engine_tokens(batch_of(1), prompt, args.tokens), clock)
-        moved = bytes_per_step(model, dtype, len(prompt) + args.tokens // 2, kv_dtype(network).itemsize)
+        tokens = engine_tokens(batch_of(1, ahead=1), prompt, args.tokens)
+        ours, rate = bandwidth(tokens, clock, args.device)
+        kept = kv_dtype(network) if on_cpu else network.dtype
+        moved = bytes_per_step(model, dtype, len(prompt) + args.tokens // 2, kept.itemsize)
         note(
             "bandwidth", "engine", step_seconds=round(ours, 6), tokens_per_second=round(1 / ours, 2),
             ratio=round(moved / ours / rate, 3), floor=FLOORS["bandwidth"], bytes_per_step=moved,

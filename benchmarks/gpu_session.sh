@@ -27,12 +27,15 @@ part() { # part SECONDS NAME COMMAND...
 }
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-part 130 tests "$python" -m pytest -q -m gpu tests/gpu
-part 60 attention "$python" -m benchmarks.bench_attention --dtypes=bfloat16 --repeats=10 --csv="$out/$day-attention.csv"
+part 110 tests "$python" -m pytest -q -m gpu tests/gpu tests/test_engine_graphs.py
+part 50 attention "$python" -m benchmarks.bench_attention --dtypes=bfloat16 --repeats=10 --csv="$out/$day-attention.csv"
 part 80 train-d12 "$python" -m benchmarks.bench_gpu --depth=12 --csv="$out/$day-train-d12.csv"
 [ -s "$out/$day-train-d12.csv" ] || part 50 train-d12-eager "$python" -m benchmarks.bench_gpu --depth=12 --speed= --csv="$out/$day-train-d12-eager.csv"
-part 60 train-d12-fp8 "$python" -m benchmarks.bench_gpu --depth=12 --speed=compile,fp8 --csv="$out/$day-train-d12-fp8.csv"
-part 100 train-d20 "$python" -m benchmarks.bench_gpu --depth=20 --device-batch=16 --steps=4 --csv="$out/$day-train-d20.csv"
-part 100 train-d20-fp8 "$python" -m benchmarks.bench_gpu --depth=20 --device-batch=16 --steps=4 --speed=compile,fp8 --csv="$out/$day-train-d20-fp8.csv"
-part 40 decode "$python" -m benchmarks.bench_attention --dtypes=bfloat16 --only=decoding --no-memory --csv="$out/$day-decode.csv"
+part 50 train-d12-fp8 "$python" -m benchmarks.bench_gpu --depth=12 --speed=compile,fp8 --csv="$out/$day-train-d12-fp8.csv"
+part 90 train-d20 "$python" -m benchmarks.bench_gpu --depth=20 --device-batch=16 --steps=4 --csv="$out/$day-train-d20.csv"
+part 90 train-d20-fp8 "$python" -m benchmarks.bench_gpu --depth=20 --device-batch=16 --steps=4 --speed=compile,fp8 --csv="$out/$day-train-d20-fp8.csv"
+part 30 decode "$python" -m benchmarks.bench_attention --dtypes=bfloat16 --only=decoding --no-memory --csv="$out/$day-decode.csv"
+engine=("$python" -m benchmarks.bench_engine --device=cuda --csv="$out/$day-engine.csv")
+part 45 engine-d12 "${engine[@]}" --only=decode,load --context=2048 --tokens=200
+part 45 engine-d20 "${engine[@]}" --only=decode,bandwidth --depth=20 --context=2048 --tokens=100
 exit "$worst"
