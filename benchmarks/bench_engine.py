@@ -264,7 +264,8 @@ def main() -> None:
         row = {
             "benchmark": what, "how": how, "depth": args.depth, "width": model.config.n_embd,
             "device": args.device, "vocab": args.vocab, "context_tokens": args.context,
-            "dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads(), "clock": args.clock,
+            "dtype": str(dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(), "clock": args.clock,
             "step_seconds": "", "tokens_per_second": "", "ratio": "", "floor": "", "bytes_per_step": "",
             "read_bytes_per_second": "", "first_token_p50_seconds": "", "first_token_p99_seconds": "",
             "tokens_per_pass": "",
