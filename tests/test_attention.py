@@ -392,6 +392,7 @@ def test_has_fa3_is_looked_up_once(monkeypatch):
         _ = fa.HAS_FA5
 
 
+@pytest.mark.slow
 def test_a_compiler_traces_through_the_door(monkeypatch):
     """No graph break, also where the choice has not been made before."""
 

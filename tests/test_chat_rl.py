@@ -49,6 +49,7 @@ def rows(where: Home, *keys: str) -> list[dict[str, Any]]:
     return [{k: row[k] for k in ("step", *keys)} for row in kept]
 
 
+@pytest.mark.slow
 def test_the_reward_rises_and_facts_are_left(ready: Home) -> None:
     chat_rl.main([*FLAGS, "--steps=60", "--questions=4", "--samples=8", "--lr-scale=8", "--eval-every=30"])
     rewards = [row["reward"] for row in rows(ready, "reward", "kl", "same_frac", "answer_tokens")]

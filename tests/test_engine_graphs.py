@@ -95,6 +95,7 @@ AHEAD_CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", AHEAD_CASES)
 def test_ahead_of_the_host(name: str) -> None:
     """Tokens that are fed back on the device are those that the host would have fed back."""
@@ -129,6 +130,7 @@ def count_reads(batch: Batch) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_what_ends_a_row_ends_what_was_drawn_ahead() -> None:
     """A stop token, a stop text, forced text, a caller who is gone; a newcomer; blocks that run out."""
     ids = prompt(9)

@@ -184,6 +184,7 @@ for name in ours:
 """
 
 
+@pytest.mark.slow
 def test_importing_does_nothing(tmp_path: Path) -> None:
     """With a control: a module that sets, writes and connects at import is caught at each."""
     (tmp_path / "loud_module.py").write_text(

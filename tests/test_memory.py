@@ -94,6 +94,7 @@ def plan_of(name: str) -> scaling.Plan:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_the_whole_peak_within_15_percent(name, dtype) -> None:

@@ -95,6 +95,7 @@ def test_openai_client_errors(caller: Client) -> None:
             stranger.models.list()
 
 
+@pytest.mark.slow
 def test_openai_client_retries(counter: Client) -> None:
     """A full queue is 429 with Retry-After; the client comes back by itself."""
     openai = pytest.importorskip("openai", reason="not run: the package openai is not installed")

@@ -286,6 +286,7 @@ def test_a_short_text_is_read_once(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "the text has no more pairs" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_measuring_script(
     tok: RustBPETokenizer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

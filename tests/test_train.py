@@ -105,6 +105,7 @@ def weights(home: Path, tag: str, stage: str) -> bytes:
     return b"".join(array.tobytes() for _, array in sorted(found.tensors("model").items()))
 
 
+@pytest.mark.slow
 def test_finished_stages_are_skipped_and_changed_ones_kept(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -241,6 +242,7 @@ def test_signed_weights_scale_the_loss() -> None:
     assert signed.loss == pytest.approx(-2 * plain.loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_steps_without_targets() -> None:
     x, y = rows(40)
     empty = torch.full_like(y, -1)
