@@ -29,8 +29,7 @@ from torch import Tensor
 from nanochat.hardware import cpu_features, cpu_name
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "attention.c", "optim.c"))
-# What any of the C files may include.
-HEADERS = tuple(Path(__file__).parent / name for name in ("exponential.h", "engine/products.h"))
+HEADERS = (Path(__file__).with_name("exponential.h"),)  # which any of the C files may include
 COMPILERS = ("cc", "gcc", "clang")
 # Sums may be reordered and products fused; infinities and NaN keep their meaning (so no -ffast-math).
 MATH = ("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros")
@@ -112,13 +111,18 @@ def _build() -> tuple[ctypes.CDLL | None, str]:
     return build(SOURCES, SIGNATURES)
 
 
-def build(sources: Sequence[Path], signatures: dict[str, str]) -> tuple[ctypes.CDLL | None, str]:
-    """The library of any such files: (None, why) where it cannot be had; the caller keeps the answer."""
+def build(
+    sources: Sequence[Path], signatures: dict[str, str], headers: Sequence[Path] = ()
+) -> tuple[ctypes.CDLL | None, str]:
+    """The library of any such files: (None, why) where it cannot be had; the caller keeps the answer.
+
+    headers: what they include beside HEADERS, so that a change there builds anew.
+    """
     compiler = os.environ.get("CC") or next((name for name in COMPILERS if shutil.which(name)), None)
     if compiler is None:
         return _without("there is no C compiler (cc, gcc or clang)")
     machine = f"{compiler} {cpu_name()} {cpu_features()} {torch.__version__} {sys.platform}"
-    texts = [path.read_bytes() for path in (*HEADERS, *sources)]
+    texts = [path.read_bytes() for path in (*HEADERS, *headers, *sources)]
     recipe = f"{machine} {FLAGS} {TUNING}".encode() + b"".join(texts)
     name, home = f"{sources[0].stem}-{hashlib.sha256(recipe).hexdigest()[:16]}.so", sources[0].parent
     problem = ""

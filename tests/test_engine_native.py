@@ -39,7 +39,7 @@ def takes_any(dtype: torch.dtype) -> bool:
 def without_avx512(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """decode.c as processors without AVX512 run it."""
     monkeypatch.setattr(native, "TUNING", (("-march=native", "-mno-avx512f", "-fopenmp"), ("-fopenmp",)))
-    lib = native.build((native_step.SOURCE,), native_step.SIGNATURES)[0]
+    lib = native_step._build.__wrapped__()
     monkeypatch.setattr(native_step, "_build", lambda: lib)
     native_step.tiled_kinds.cache_clear()
     yield

@@ -271,12 +271,24 @@ def test_relative_links_lead_somewhere() -> None:
     assert not wrong, wrong
 
 
-def project() -> dict:
+def pyproject() -> dict:
     try:
         import tomllib
     except ModuleNotFoundError:  # Python 3.10
         import tomli as tomllib
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def project() -> dict:
+    return pyproject()["project"]
+
+
+def test_every_file_is_installed() -> None:
+    """What is no Python must be named for an installation that is no checkout: C, headers, texts, pages."""
+    named = pyproject()["tool"]["setuptools"]["package-data"]
+    packed = {file for room, globs in named.items() for glob in globs for file in (ROOT / room).glob(glob)}
+    needed = {ROOT / path for path in tracked() if path.parts[0] in ROOMS and path.suffix != ".py"}
+    assert len(needed) > 10 and not (left := needed - packed), left
 
 
 def test_every_dependency_is_pinned() -> None:

@@ -27,7 +27,7 @@ from nanochat.gpt import QK_SCALE, SMEAR_CHANNELS, VE_GATE_CHANNELS
 if TYPE_CHECKING:
     from nanochat.engine.network import FusedNetwork, Matrix
 
-SOURCE = Path(__file__).with_name("decode.c")
+SOURCE, HEADER = (Path(__file__).with_name(name) for name in ("decode.c", "products.h"))
 SIGNATURES = {"multiply": "pplpi", "step": "ppppppplllpp", "tiles": "p"}
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 # Tokens in one call at most. Beyond, PyTorch's products win where decode.c has no tiles; int8 would have to
@@ -67,7 +67,7 @@ class CNet(ctypes.Structure):
 
 @cache
 def _build() -> ctypes.CDLL | None:
-    return native.build((SOURCE,), SIGNATURES)[0]
+    return native.build((SOURCE,), SIGNATURES, (HEADER,))[0]
 
 
 def library() -> ctypes.CDLL | None:

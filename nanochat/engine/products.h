@@ -5,8 +5,9 @@
  * in an order that depends on nothing but the number of columns, so the same row of x gives the same bits in any
  * company and on any number of threads.
  *
- * With AVX512 there are tiles of 4 rows of weights by 6 of x. At 32 rows of x, 210 MB of bf16 weights took 20 ms on two
- * cores of an AMD EPYC (29 in oneDNN), at 512 as long as in oneDNN. Without AVX512 few rows only are fast (see `tiles`).
+ * With AVX512 there are tiles of 4 rows of weights by 6 of x. At 32 rows of x, 210 MB of bf16 weights took 19 to 22 ms
+ * on two cores of an AMD EPYC (25 to 29 in oneDNN), at 512 a tenth longer than there. Without AVX512 few rows only are
+ * fast (see `tiles` in decode.c).
  */
 #ifndef PRODUCTS_H
 #define PRODUCTS_H
