@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat import native
+from nanochat import matmul, native
 
 SOFTCAP = 15.0
 CHUNK_LOGITS = 1 << 24  # logits held at once on a GPU: 64 MB in fp32
@@ -118,14 +118,20 @@ class WeightedNLL(torch.autograd.Function):
         for i in range(0, hidden_ND.shape[0], rows):
             h, y = hidden_ND[i : i + rows], targets_N[i : i + rows]
             if kernel is not None:
-                d, w_N = h @ w_VD.T, weights_N[i : i + rows].to(wide)
+                is_fast = matmul.is_fast(h, w_VD)
+                d = matmul.forward(h, w_VD) if is_fast else h @ w_VD.T
+                w_N = weights_N[i : i + rows].to(wide)
                 total += (kernel(d, y.contiguous(), SOFTCAP, wants) * w_N).sum()
                 if grad_h is not None and grad_w is not None:
-                    torch.mm(d, w_VD, out=grad_h[i : i + rows])
+                    dh = grad_h[i : i + rows]
+                    matmul.gradient_of_input(d, w_VD, out=dh) if is_fast else torch.mm(d, w_VD, out=dh)
                     if not is_uniform:
-                        grad_h[i : i + rows].mul_(w_N.unsqueeze(1))
+                        dh.mul_(w_N.unsqueeze(1))
                         h = h * w_N.unsqueeze(1).to(h.dtype)
-                    grad_w[:vocab] += _wide_mm(d.T, h)
+                    if is_fast:
+                        matmul.gradient_of_weight(d, h, add_to=grad_w[:vocab])
+                    else:
+                        grad_w[:vocab] += _wide_mm(d.T, h)
                 continue
             w_N1 = weights_N[i : i + rows].masked_fill(y < 0, 0.0).unsqueeze(1).to(wide)
             y_N1 = y.clamp(min=0).unsqueeze(1)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from nanochat.bigram import BigramEmbedding, previous
 from nanochat.cross_entropy import CHUNK_LOGITS, softcap, weighted_nll
 from nanochat.flash_attention import flash_attn
-from nanochat.fused import mix, norm, relu_squared, rope_tables, rotate_norm
-from nanochat.linear import Embedding, Linear
+from nanochat.fused import mix, norm, rope_tables, rotate_norm
+from nanochat.linear import Embedding, Linear, linear_plus, linears, mlp_plus
 from nanochat.scaling import flops_per_token, windows
 
 QK_SCALE = 1.2
@@ -86,32 +86,34 @@ class Attention(nn.Module):
         self.ve_gate = Linear(VE_GATE_CHANNELS, self.num_kv_heads) if is_gated else None
 
     def forward(
-        self, x_BTD: Tensor, ve_BTC: Tensor | None, rope: tuple[Tensor, Tensor], attend: Attend, layer: int,
-        window: int,
+        self, x_BTD: Tensor, plus_BTD: Tensor, ve_BTC: Tensor | None, rope: tuple[Tensor, Tensor],
+        attend: Attend, layer: int, window: int,
     ) -> Tensor:  # fmt: skip
+        """plus + attention(x)."""
         B, T, D = x_BTD.shape
-        q_BTHE = self.c_q(x_BTD).view(B, T, self.num_heads, self.head_dim)
-        k_BTKE = self.c_k(x_BTD).view(B, T, self.num_kv_heads, self.head_dim)
-        v_BTKE = self.c_v(x_BTD).view(B, T, self.num_kv_heads, self.head_dim)
+        q_BTD, k_BTC, v_BTC = linears(x_BTD, self.c_q, self.c_k, self.c_v)
+        q_BTHE = q_BTD.view(B, T, self.num_heads, self.head_dim)
+        k_BTKE = k_BTC.view(B, T, self.num_kv_heads, self.head_dim)
+        v_BTKE = v_BTC.view(B, T, self.num_kv_heads, self.head_dim)
         if self.ve_gate is not None and ve_BTC is not None:
             gate_BTK1 = 3 * torch.sigmoid(self.ve_gate(x_BTD[..., :VE_GATE_CHANNELS])).unsqueeze(-1)
             v_BTKE = torch.addcmul(v_BTKE, gate_BTK1, ve_BTC.view(B, T, self.num_kv_heads, self.head_dim))
         q_BTHE = rotate_norm(q_BTHE, *rope, QK_SCALE)
         k_BTKE = rotate_norm(k_BTKE, *rope, QK_SCALE)
         y_BTHE = attend(layer, q_BTHE, k_BTKE, v_BTKE, window)
-        return self.c_proj(y_BTHE.reshape(B, T, D))
+        return linear_plus(y_BTHE.reshape(B, T, D), self.c_proj, plus_BTD)
 
 
 class MLP(nn.Module):
-    """W2 relu(W1 x)^2 with four times the width inside."""
+    """plus + W2 relu(W1 x)^2 with four times the width inside."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(relu_squared(self.c_fc(x)))
+    def forward(self, x: Tensor, plus: Tensor) -> Tensor:
+        return mlp_plus(x, self.c_fc, self.c_proj, plus)
 
 
 class Block(nn.Module):
@@ -127,8 +129,8 @@ class Block(nn.Module):
         attend: Attend, layer: int, window: int,
     ) -> Tensor:  # fmt: skip
         x = mix(x, x0, a, b)
-        x = x + self.attn(norm(x), ve, rope, attend, layer, window)
-        return x + self.mlp(norm(x))
+        x = self.attn(norm(x), x, ve, rope, attend, layer, window)
+        return self.mlp(norm(x), x)
 
 
 class GPT(nn.Module):
@@ -194,8 +196,8 @@ class GPT(nn.Module):
         self.backout_lambda.fill_(0.2)
 
     @property
-    def wte(self) -> nn.Embedding:
-        return cast(nn.Embedding, self.transformer["wte"])
+    def wte(self) -> Embedding:
+        return cast(Embedding, self.transformer["wte"])
 
     @property
     def blocks(self) -> list[Block]:
@@ -217,7 +219,7 @@ class GPT(nn.Module):
         positions_BT: (T,) or (B, T).
         """
         cfg, dtype = self.config, self.compute_dtype
-        h_BTD = norm(self.wte(ids_BT).to(dtype))
+        h_BTD = norm(self.wte.rows(ids_BT, dtype))
         gate_BT1 = self.smear_lambda.to(dtype) * torch.sigmoid(self.smear_gate(h_BTD[..., :SMEAR_CHANNELS]))
         if prev_ids_BT is None:
             if is_first_BT is not None:
@@ -226,7 +228,7 @@ class GPT(nn.Module):
                 (h_BTD[:, :1], torch.addcmul(h_BTD[:, 1:], gate_BT1[:, 1:], h_BTD[:, :-1])), dim=1
             )
         else:
-            before_BTD = norm(self.wte(prev_ids_BT.clamp(min=0)).to(dtype))
+            before_BTD = norm(self.wte.rows(prev_ids_BT.clamp(min=0), dtype))
             gate_BT1 = gate_BT1.masked_fill((prev_ids_BT < 0).unsqueeze(-1), 0)
             x_BTD = torch.addcmul(h_BTD, gate_BT1, before_BTD)
         if self.bigram_embeds is not None:
@@ -235,8 +237,8 @@ class GPT(nn.Module):
         x0_BTD = x_mid_BTD = x_BTD
         rope = rope_tables(positions_BT, cfg.n_embd // cfg.n_head, dtype)
         for i, (block, window) in enumerate(zip(self.blocks, cfg.windows, strict=True)):
-            table = cast(nn.Embedding, self.value_embeds[str(i)]) if cfg.has_value_embedding(i) else None
-            ve_BTC = None if table is None else table(ids_BT).to(dtype)
+            table = cast(Embedding, self.value_embeds[str(i)]) if cfg.has_value_embedding(i) else None
+            ve_BTC = None if table is None else table.rows(ids_BT, dtype)
             # whole rows need no layer number; one for all keeps the compiled layers one graph
             number = 0 if self.is_compiled and self.training else i
             scalars = self.resid_lambdas[i], self.x0_lambdas[i]

@@ -3,7 +3,7 @@
  * nanochat/native.py compiles and loads this file; nanochat/fused.py, cross_entropy.py and
  * flash_attention/dense.py call it and hold the same functions in PyTorch, which tests compare.
  * A row is read into fp32 scratch (in cache), worked on there, and written back: `half` says that the tensor
- * holds bfloat16, else it is fp32. Left out: matrix products, which stay PyTorch's.
+ * holds bfloat16, else it is fp32. Left out: matrix products (matmul.c).
  */
 #include <math.h>
 #include <stdint.h>
@@ -166,6 +166,33 @@ EXPORT void relu_squared_backward(const void *g, const void *y, void *dx, int64_
             load(ROW(y, i, n, half), b, n, half);
             for (int64_t j = 0; j < n; j++) a[j] *= 2.0f * sqrtf(b[j]);
             store(a, ROW(dx, i, n, half), n, half);
+        }
+        free(a);
+    }
+}
+
+/* y = rows `ids` of an fp32 table, in bf16. */
+EXPORT void embedding_forward(const float *table, const int64_t *ids, void *y, int64_t count, int64_t n) {
+    PARALLEL {
+        SHARED_FOR
+        for (int64_t i = 0; i < count; i++) store(table + ids[i] * n, ROW(y, i, n, 1), n, 1);
+    }
+}
+
+/* Row v of table = the sum of the rows of g (bf16) whose id is v, in order. Rows of ids that are equal modulo 64 have
+ * one thread: frequent tokens have neighbouring ids. */
+EXPORT void embedding_backward(const void *g, const int64_t *ids, float *table, int64_t count, int64_t rows, int64_t n) {
+    PARALLEL {
+        float *a = scratch(1, n);
+        SHARED_FOR
+        for (int64_t part = 0; part < 64; part++) {
+            for (int64_t v = part; v < rows; v += 64) memset(table + v * n, 0, (size_t)n * 4);
+            for (int64_t i = 0; i < count; i++) {
+                if (ids[i] % 64 != part) continue;
+                float *to = table + ids[i] * n;
+                load(ROW(g, i, n, 1), a, n, 1);
+                for (int64_t j = 0; j < n; j++) to[j] += a[j];
+            }
         }
         free(a);
     }

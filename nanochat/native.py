@@ -28,7 +28,9 @@ from torch import Tensor
 
 from nanochat.hardware import cpu_features, cpu_name
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "attention.c", "optim.c"))
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("kernels.c", "attention.c", "optim.c", "matmul.c")
+)
 HEADERS = (Path(__file__).with_name("exponential.h"),)  # which any of the C files may include
 COMPILERS = ("cc", "gcc", "clang")
 # Sums may be reordered and products fused; infinities and NaN keep their meaning (so no -ffast-math).
@@ -60,6 +62,9 @@ SIGNATURES = {
     "muon_update": "pppllffii",
     "attention_forward": "pppppppllllllf",
     "attention_backward": "pppppppppppllllllf",
+    "embedding_forward": "pppll",
+    "embedding_backward": "ppplll",
+    "matmul": "ppppllll" + "iiii" + "fff",
 }
 TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 
@@ -71,11 +76,13 @@ def ready(*tensors: Tensor) -> bool:
     bf16)."""
     if _override is False or torch.compiler.is_compiling():
         return False
-    first = tensors[0]
-    if first.device.type != "cpu" or first.dtype not in (torch.float32, torch.bfloat16):
+    dtype = tensors[0].dtype
+    if dtype not in (torch.float32, torch.bfloat16) or tensors[0].numel() == 0:
         return False
-    same = all(x.dtype == first.dtype and x.is_contiguous() and x.device.type == "cpu" for x in tensors)
-    return same and first.numel() > 0 and library() is not None
+    for x in tensors:  # called a hundred times a step: no generators
+        if x.dtype != dtype or not x.is_cpu or not x.is_contiguous():
+            return False
+    return library() is not None
 
 
 def is_half(x: Tensor) -> int:
@@ -84,16 +91,15 @@ def is_half(x: Tensor) -> int:
 
 def call(name: str, *arguments: Any) -> None:
     """Run a function of kernels.c; tensors are passed by address, None as NULL."""
-    lib = library()
-    assert lib is not None
-    getattr(lib, name)(*(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments))
+    getattr(library(), name)(*[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments])
 
 
 @cache
-def has_attention_tiles() -> bool:
-    """Whether attention.c was built with its products: bf16 pairs in AVX512, and no AMX, which is faster."""
+def has(part: str) -> bool:
+    """Whether `part` ("attention", "matmul") was built with its products: bf16 pairs in AVX512, and no AMX,
+    which is faster."""
     lib = library()
-    return lib is not None and bool(lib.attention_is_here())
+    return lib is not None and bool(getattr(lib, f"{part}_is_here")())
 
 
 def library() -> ctypes.CDLL | None:

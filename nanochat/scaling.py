@@ -220,7 +220,7 @@ def memory_bytes(
 
     activations: what eager layers keep for their backward pass, counted by value and token. keeps_scores: of
     attention, as a CPU does in fp32 (the default) and where it has no tiles for bf16
-    (native.has_attention_tiles). With is_checkpointed only each layer's input, and one layer.
+    (native.has("attention")). With is_checkpointed only each layer's input, and one layer.
     """
     keeps_scores = on_cpu and bytes_per_value == 4 if keeps_scores is None else keeps_scores
     tokens, width, kv = p.device_batch * p.sequence_len, p.model_dim, p.num_kv_heads * p.head_dim

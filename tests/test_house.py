@@ -28,7 +28,7 @@ LAYERS = [
     {"lora"},
     {"gpt", "optim", "data"},
     {"bigram"},
-    {"flash_attention", "tokenizer", "checkpoint", "bpe", "linear", "cross_entropy", "fused"},
+    {"flash_attention", "tokenizer", "checkpoint", "bpe", "linear", "cross_entropy"},
     {
         "chat",
         "scaling",
@@ -39,6 +39,8 @@ LAYERS = [
         "errors",
         "storage",
         "native",
+        "matmul",
+        "fused",
         "fp8",
         "triton_loss",
     },

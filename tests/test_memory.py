@@ -40,7 +40,7 @@ def keeps_scores(dtype: torch.dtype) -> bool:
     """Whether attention on this CPU keeps its weights."""
     if native._override is False or native.library() is None:
         return False
-    return dtype == torch.float32 or not native.has_attention_tiles()
+    return dtype == torch.float32 or not native.has("attention")
 
 
 def peak(work: Callable[[], None]) -> int:

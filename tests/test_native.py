@@ -145,7 +145,7 @@ def test_attention_in_tiles(shape, left):
     """Odd lengths, groups, windows, packed documents, keys before the queries; at least as exact as dense."""
     from attention_cases import inputs, plain, visible
 
-    if not native.has_attention_tiles():
+    if not native.has("attention"):
         pytest.skip("this processor has no AVX512-BF16, or has AMX")
     B, T, S, H, K, E = shape
     q, k, v, dy = inputs(B, S, H, K, E, torch.bfloat16)
@@ -172,7 +172,7 @@ def test_attention_in_tiles(shape, left):
 def test_tiles_keep_nan_and_hide_the_future():
     from attention_cases import inputs
 
-    if not native.has_attention_tiles():
+    if not native.has("attention"):
         pytest.skip("this processor has no AVX512-BF16, or has AMX")
     q, k, v, _ = inputs(1, 150, 2, 2, 32, torch.bfloat16)
     before = tiles.Tiles.apply(q, k, v, 150, 0, None)

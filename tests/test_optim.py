@@ -189,7 +189,7 @@ def test_two_polar_steps_at_a_time_are_about_as_exact(shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(24, 24), (40, 16), (16, 300)])
+@pytest.mark.parametrize("shape", [(24, 24), (40, 16), (16, 300), (64, 64), (160, 34), (33, 64)])
 def test_c_and_pytorch_make_the_same_muon_step(shape, dtype, monkeypatch):
     if native.library() is None:
         pytest.skip("no C compiler here")

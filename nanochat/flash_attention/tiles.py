@@ -1,6 +1,6 @@
 """Training attention by attention.c: tiles of 64 queries and keys that never leave the cache.
 
-For bf16 on CPUs that multiply bf16 pairs in AVX512 and have no AMX (native.has_attention_tiles). Scores stay
+For bf16 on CPUs that multiply bf16 pairs in AVX512 and have no AMX (native.has("attention")). Scores stay
 fp32 and nothing of size T x S is kept: backward makes the weights again from L (B, H, T), one number a query.
 dense.py calls it where it suits, and serves everything else.
 
@@ -21,7 +21,7 @@ from nanochat.flash_attention.intervals import Docs, intervals
 
 def suits(q: Tensor) -> bool:
     """Whether attention.c takes these heads; q is on a CPU and native.ready."""
-    return q.dtype == torch.bfloat16 and q.shape[-1] % 32 == 0 and native.has_attention_tiles()
+    return q.dtype == torch.bfloat16 and q.shape[-1] % 32 == 0 and native.has("attention")
 
 
 class Tiles(torch.autograd.Function):

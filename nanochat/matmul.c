@@ -1,0 +1,338 @@
+/* Matrix products of a training step on CPUs with AVX512-BF16: bf16 in, sums in fp32, and what follows a product is done
+ * while it lies in cache.
+ *
+ * C (M x N) = A (M x K) B (K x N). B is packed by panels of 64 columns, pairs of its rows side by side, as the
+ * instruction wants them; tiles of 6 rows by 64 columns stay in registers. A is read where it lies, or packed likewise if
+ * it is stored by columns (gradients of weights, where K counts tokens). An element's sum runs over K in order, by itself:
+ * threads and the other rows change no bit. nanochat/matmul.py calls it; every other processor has PyTorch's products.
+ * A large product alone is as fast as oneDNN's (0.90 to 0.95 of the processor's rate); what is gained lies around it:
+ * half of a symmetric product, a sum, a square or its gradient on the way, fp32 gradients without a second pass.
+ * Left out: fp32, tensors that are not contiguous, AMX, which oneDNN has.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define EXPORT __attribute__((visibility("default")))
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(__AMX_BF16__)
+#include <immintrin.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#define PARALLEL _Pragma("omp parallel")
+#define TASKS _Pragma("omp for schedule(dynamic)")
+#define THREADS omp_get_max_threads()
+#else
+#define PARALLEL
+#define TASKS
+#define THREADS 1
+#endif
+#define UNROLL _Pragma("GCC unroll 16")
+#define PANEL 64        /* columns of a tile */
+#define TALL 6          /* rows of a tile */
+#define LONGEST 4096    /* of K at once: a panel of that fills half a core's cache */
+#define SHORT 256       /* of K at once if A is packed, too */
+#define BLOCK_BYTES (256 << 10) /* of A: stays in a core's cache for all panels */
+
+enum { FP32, BF16, RELU_SQUARED, RELU_SQUARED_GRADIENT, MIX, ADD }; /* as in matmul.py */
+
+typedef struct {
+    const uint16_t *a, *b; /* (M, K) or (K, M); (N, K) or (K, N) */
+    char *c;               /* (M, N): fp32 or bf16 */
+    const uint16_t *other; /* (M, N) or NULL */
+    int64_t m, n, k;
+    int a_by_k, b_by_k, end;
+    float of_product, of_other, of_diagonal;
+} Job;
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+static __mmask32 first(int64_t n) { return n >= 32 ? ~0u : n <= 0 ? 0 : (1u << n) - 1; }
+
+static __m512i row_of(const uint16_t *from, int64_t count) {
+    __mmask32 mask = first(count);
+    return mask ? _mm512_maskz_loadu_epi16(mask, from) : _mm512_setzero_si512();
+}
+
+/* Two rows of `cols` elements side by side, zeros up to a multiple of 16; a run of `run` columns, then one `apart`. */
+static inline __attribute__((always_inline)) void pack_pair(const uint16_t *one, const uint16_t *two, int64_t cols,
+                                                            uint32_t *to, int64_t run, int64_t apart) {
+    static const uint16_t ORDER[64] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                       8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47,
+                                       16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+                                       24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+    __m512i low = _mm512_loadu_si512(ORDER), high = _mm512_loadu_si512(ORDER + 32);
+    for (int64_t j0 = 0; j0 < cols; j0 += run, to += apart)
+        for (int64_t j = j0; j < least(j0 + run, cols); j += 32) {
+            __m512i x, y = _mm512_setzero_si512();
+            if (cols - j >= 32) { /* masked loads are slower */
+                x = _mm512_loadu_si512(one + j);
+                if (two) y = _mm512_loadu_si512(two + j);
+            } else {
+                x = row_of(one + j, cols - j);
+                if (two) y = row_of(two + j, cols - j);
+            }
+            _mm512_storeu_si512(to + j - j0, _mm512_permutex2var_epi16(x, low, y));
+            if (cols - j > 16) _mm512_storeu_si512(to + j - j0 + 16, _mm512_permutex2var_epi16(x, high, y));
+        }
+}
+
+/* Rows k0 to k1 of x (K, ld), `cols` columns: runs of `run` of them, `apart` apart, each by pairs of rows. */
+static __attribute__((noinline)) void pack_by_k(const uint16_t *x, int64_t ld, int64_t k0, int64_t k1, int64_t cols, uint32_t *to, int64_t run,
+                      int64_t apart) {
+    for (int64_t k = k0; k < k1; k += 2, to += run)
+        pack_pair(x + k * ld, k + 1 < k1 ? x + (k + 1) * ld : NULL, cols, to, run, apart);
+}
+
+/* A panel of B stored (N, K): to[p * 64 + j] = elements k0 + 2p and k0 + 2p + 1 of row j, zeros beyond `rows`. */
+static void pack_by_n(const uint16_t *x, int64_t ld, int64_t k0, int64_t k1, int64_t rows, uint32_t *to) {
+    for (int64_t j = 0; j < PANEL; j += 16)
+        for (int64_t k = k0; k < k1; k += 32) {
+            __m512i r[16], t[16];
+            UNROLL for (int i = 0; i < 16; i++)
+                r[i] = row_of(x + (j + i) * ld + k, j + i < rows ? k1 - k : 0);
+            UNROLL for (int i = 0; i < 16; i += 2) { /* 16 x 16 pairs turned */
+                t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+                t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+            }
+            UNROLL for (int i = 0; i < 16; i += 4) {
+                UNROLL for (int h = 0; h < 2; h++) {
+                    r[i + 2 * h] = _mm512_unpacklo_epi64(t[i + h], t[i + h + 2]);
+                    r[i + 2 * h + 1] = _mm512_unpackhi_epi64(t[i + h], t[i + h + 2]);
+                }
+            }
+            UNROLL for (int i = 0; i < 4; i++) {
+                UNROLL for (int h = 0; h < 16; h += 8) {
+                    t[i + h] = _mm512_shuffle_i32x4(r[i + h], r[i + h + 4], 0x88);
+                    t[i + h + 4] = _mm512_shuffle_i32x4(r[i + h], r[i + h + 4], 0xdd);
+                }
+            }
+            UNROLL for (int i = 0; i < 8; i++) {
+                r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+                r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+            }
+            uint32_t *at = to + (k - k0) / 2 * PANEL + j;
+            for (int i = 0; i < 16 && k + 2 * i < k1; i++) _mm512_storeu_si512(at + i * PANEL, r[i]);
+        }
+}
+
+/* c (R x 64, rows ldc apart) = or += a b; a: pairs `step` bytes apart, rows `row` bytes apart; b: pairs x 64. */
+static inline __attribute__((always_inline)) void tile(const int R, const char *a, int64_t row, int64_t step,
+                                                       const uint32_t *b, int64_t pairs, float *c, int64_t ldc,
+                                                       int adds) {
+    __m512 sum[TALL][4];
+    UNROLL for (int i = 0; i < R; i++) {
+        UNROLL for (int j = 0; j < 4; j++)
+            sum[i][j] = adds ? _mm512_loadu_ps(c + i * ldc + 16 * j) : _mm512_setzero_ps();
+    }
+    for (int64_t p = 0; p < pairs; p++, a += step, b += PANEL) {
+        __m512bh w[4];
+        UNROLL for (int j = 0; j < 4; j++) w[j] = (__m512bh)_mm512_loadu_si512(b + 16 * j);
+        UNROLL for (int i = 0; i < R; i++) {
+            int32_t pair;
+            memcpy(&pair, a + i * row, 4);
+            __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+            UNROLL for (int j = 0; j < 4; j++) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], x, w[j]);
+        }
+    }
+    UNROLL for (int i = 0; i < R; i++) {
+        UNROLL for (int j = 0; j < 4; j++) _mm512_storeu_ps(c + i * ldc + 16 * j, sum[i][j]);
+    }
+}
+
+/* Not inlined, so that the 24 sums of a whole tile stay in registers. */
+#define TILE(R)                                                                                                     \
+    static __attribute__((noinline)) void tile_##R(const char *a, int64_t row, int64_t step, const uint32_t *b,     \
+                                                   int64_t pairs, float *c, int64_t ldc, int adds) {                \
+        tile(R, a, row, step, b, pairs, c, ldc, adds);                                                              \
+    }
+TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
+static void (*const TILES[])(const char *, int64_t, int64_t, const uint32_t *, int64_t, float *, int64_t, int) = {
+    NULL, tile_1, tile_2, tile_3, tile_4, tile_5, tile_6};
+
+static __m512 wide(const uint16_t *x, __mmask16 mask) {
+    __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(low, 16));
+}
+
+/* What follows: 16 sums to row i, columns j of C, `mask` of them. */
+static inline __attribute__((always_inline)) void finish(const Job *job, const int end, __m512 x, int64_t i, int64_t j,
+                                                         __mmask16 mask) {
+    const uint16_t *other = job->other + i * job->n + j;
+    if (end == FP32 || end == ADD) {
+        float *to = (float *)(void *)job->c + i * job->n + j;
+        if (end == ADD) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(mask, to));
+        if (mask == 0xffff) _mm512_storeu_ps(to, x); /* masked stores are slow */
+        else _mm512_mask_storeu_ps(to, mask, x);
+        return;
+    }
+    if (end == RELU_SQUARED) {
+        x = _mm512_max_ps(_mm512_setzero_ps(), x); /* the second operand if one is NaN */
+        x = _mm512_mul_ps(x, x);
+    } else if (end == RELU_SQUARED_GRADIENT) {
+        __m512 root = _mm512_sqrt_ps(wide(other, mask));
+        x = _mm512_mul_ps(x, _mm512_add_ps(root, root));
+    } else if (end == MIX) {
+        x = _mm512_mul_ps(x, _mm512_set1_ps(job->of_product));
+        if (job->other) x = _mm512_fmadd_ps(_mm512_set1_ps(job->of_other), wide(other, mask), x);
+        if (i >= j && i < j + 16)
+            x = _mm512_mask_add_ps(x, (__mmask16)(1u << (i - j)), x, _mm512_set1_ps(job->of_diagonal));
+    }
+    uint16_t *to = (uint16_t *)(void *)job->c + i * job->n + j;
+    __m256i rounded = (__m256i)_mm512_cvtneps_pbh(x);
+    if (mask == 0xffff) _mm256_storeu_si256((__m256i *)to, rounded);
+    else _mm256_mask_storeu_epi16(to, mask, rounded);
+}
+
+/* The same for a tile. */
+static __attribute__((noinline)) void finish_tile(const Job *job, int64_t i, int64_t rows, int64_t j, int64_t cols, const float *sums, int64_t ld) {
+#define EVERY(end)                                                                                                  \
+    for (int64_t r = 0; r < rows; r++, sums += ld)                                                                  \
+        for (int64_t q = 0; q < cols; q += 16)                                                                      \
+            finish(job, end, _mm512_loadu_ps(sums + q), i + r, j + q, (__mmask16)first(least(cols - q, 16)));
+    if (job->end == FP32) EVERY(FP32)
+    else if (job->end == BF16) EVERY(BF16)
+    else if (job->end == RELU_SQUARED) EVERY(RELU_SQUARED)
+    else if (job->end == RELU_SQUARED_GRADIENT) EVERY(RELU_SQUARED_GRADIENT)
+    else if (job->end == MIX) EVERY(MIX)
+    else EVERY(ADD)
+}
+
+/* Rows of a matrix on their way to the cache. */
+typedef struct {
+    const char *row;
+    int64_t rows, bytes, apart, at; /* bytes: of a row; at: how many of them have been asked for */
+} Ahead;
+
+static Ahead ahead_of(const uint16_t *x, int64_t ld, int64_t k0, int64_t k1, int64_t cols) {
+    Ahead ahead = {(const char *)(x + k0 * ld), k1 - k0, 2 * cols, 2 * ld, 0};
+    return ahead;
+}
+
+static void ask(Ahead *ahead, int64_t lines) {
+    for (; lines > 0 && ahead->rows > 0; lines--) {
+        _mm_prefetch(ahead->row + ahead->at, _MM_HINT_T1);
+        if ((ahead->at += 64) >= ahead->bytes) ahead->at = 0, ahead->row += ahead->apart, ahead->rows--;
+    }
+}
+
+/* Rows i0 to i1 and columns j0 to j1 of C. packed_b: a panel after the other; sums: (i1 - i0) x whole panels. */
+static void block(const Job *job, int64_t i0, int64_t i1, int64_t j0, int64_t j1, int64_t most, uint32_t *packed_a,
+                  uint32_t *packed_b, float *sums) {
+    int64_t k = job->k, run = up(i1 - i0, 16) + 16; /* no power of two: their lines would share a few places */
+    int64_t ld = most < k ? up(j1 - j0, PANEL) : PANEL;
+    for (int64_t k0 = 0; k0 < k; k0 += most) {
+        int64_t k1 = least(k0 + most, k), pairs = (k1 - k0 + 1) / 2, row = 2 * k, step = 4;
+        const char *a = (const char *)(job->a + i0 * k + k0);
+        if (job->a_by_k) {
+            pack_by_k(job->a + i0, job->m, k0, k1, i1 - i0, packed_a, run, 0);
+            a = (const char *)packed_a, row = 4, step = 4 * run;
+        }
+        if (job->b_by_k) pack_by_k(job->b + j0, job->n, k0, k1, j1 - j0, packed_b, PANEL, (pairs + 1) * PANEL);
+        int64_t next = least(k1 + most, k);
+        Ahead of_a = ahead_of(job->a + i0, job->m, k1, job->a_by_k ? next : k1, i1 - i0);
+        Ahead of_b = ahead_of(job->b + j0, job->n, k1, job->b_by_k ? next : k1, j1 - j0);
+        for (int64_t j = j0; j < j1; j += PANEL) {
+            int64_t cols = least(PANEL, j1 - j);
+            uint32_t *panel = packed_b + (job->b_by_k ? (j - j0) * (pairs + 1) : 0);
+            if (!job->b_by_k) pack_by_n(job->b + j * k, k, k0, k1, cols, panel);
+            for (int64_t i = i0; i < i1; i += TALL) {
+                int64_t rows = least(TALL, i1 - i);
+                float *c = most < k ? sums + (i - i0) * ld + (j - j0) : sums;
+                ask(&of_a, 12), ask(&of_b, 24);
+                TILES[rows](a + (i - i0) * row, row, step, panel, pairs, c, ld, k0 > 0);
+                if (k1 == k) finish_tile(job, i, rows, j, cols, c, ld);
+            }
+        }
+    }
+}
+
+/* The part below the diagonal from the one above: c (n x n), rows i to i + 8. */
+static void mirror(uint16_t *c, int64_t n, int64_t i) {
+    int64_t whole = least(8, n - i) == 8 ? i / 8 * 8 : 0;
+    for (int64_t j = 0; j < whole; j += 8) {
+        __m128i r[8], t[8];
+        UNROLL for (int h = 0; h < 8; h++) r[h] = _mm_loadu_si128((const __m128i *)(c + (j + h) * n + i));
+        UNROLL for (int h = 0; h < 4; h++) {
+            t[2 * h] = _mm_unpacklo_epi16(r[2 * h], r[2 * h + 1]);
+            t[2 * h + 1] = _mm_unpackhi_epi16(r[2 * h], r[2 * h + 1]);
+        }
+        UNROLL for (int h = 0; h < 2; h++) {
+            UNROLL for (int g = 0; g < 2; g++) {
+                r[4 * h + 2 * g] = _mm_unpacklo_epi32(t[4 * h + g], t[4 * h + g + 2]);
+                r[4 * h + 2 * g + 1] = _mm_unpackhi_epi32(t[4 * h + g], t[4 * h + g + 2]);
+            }
+        }
+        UNROLL for (int h = 0; h < 4; h++) {
+            _mm_storeu_si128((__m128i *)(c + (i + 2 * h) * n + j), _mm_unpacklo_epi64(r[h], r[h + 4]));
+            _mm_storeu_si128((__m128i *)(c + (i + 2 * h + 1) * n + j), _mm_unpackhi_epi64(r[h], r[h + 4]));
+        }
+    }
+    for (int64_t r = i; r < least(i + 8, n); r++)
+        for (int64_t j = whole; j < r; j++) c[r * n + j] = c[j * n + r];
+}
+
+static void *memory(int64_t bytes) {
+    void *p = NULL;
+    if (posix_memalign(&p, 64, (size_t)(bytes + 64))) abort();
+    return p;
+}
+
+EXPORT int matmul_is_here(void) { return 1; }
+
+/* `count` products P of contiguous matrices, in turn. What C is made of, by `end`: FP32 and BF16 P; ADD C + P, in fp32;
+ * RELU_SQUARED relu(P)^2; RELU_SQUARED_GRADIENT 2 sqrt(other) P; MIX of_product P + of_other other + of_diagonal I.
+ * K is even unless A is stored (K, M). is_symmetric: C (M = N, bf16) is known to be, and half of it is made.
+ */
+EXPORT void matmul(const uint16_t *a, const uint16_t *b, void *c, const uint16_t *other, int64_t count, int64_t m,
+                   int64_t n, int64_t k, int a_by_k, int b_by_k, int end, int is_symmetric, float of_product,
+                   float of_other, float of_diagonal) {
+    int64_t most = a_by_k ? SHORT : LONGEST, size = end == FP32 || end == ADD ? 4 : 2;
+    int64_t wide_block = a_by_k ? 6 * PANEL : PANEL, high = a_by_k ? 192 : BLOCK_BYTES / (2 * least(k, 512));
+    int64_t across = (n + wide_block - 1) / wide_block, fewest = a_by_k ? 96 : 48;
+    int64_t shares = (a_by_k ? 1 : 4) * (int64_t)THREADS; /* every thread has some, and what is packed serves many */
+    int64_t fair = (m * across * count + shares - 1) / shares;
+    high = least(high, fair > fewest ? fair : fewest);
+    int64_t down = (m + high - 1) / high;
+    while (down * across * count % THREADS && down * across * count < 4 * THREADS && down < m / TALL) down++;
+    high = up((m + down - 1) / down, TALL);
+    PARALLEL {
+        uint32_t *packed_a = memory(a_by_k ? (up(high, 16) + 16) * (SHORT / 2) * 4 : 0);
+        int64_t panels = ((least(k, most) + 1) / 2 + 1) * (b_by_k ? wide_block : PANEL) * 4;
+        uint32_t *packed_b = memory(panels);
+        float *sums = memory((most < k ? high * wide_block : TALL * PANEL) * 4);
+        TASKS
+        for (int64_t task = 0; task < count * down * across; task++) {
+            int64_t which = task / (down * across), i0 = task / across % down * high, j0 = task % across * wide_block;
+            Job job = {a + which * m * k, b + which * n * k, (char *)c + which * m * n * size,
+                       other ? other + which * m * n : NULL, m, n, k, a_by_k, b_by_k, end,
+                       of_product, of_other, of_diagonal};
+            int64_t i1 = least(i0 + high, m), j1 = least(j0 + wide_block, n);
+            if (is_symmetric) i1 = least(i1, j1);
+            if (i0 < i1) block(&job, i0, i1, j0, j1, most, packed_a, packed_b, sums);
+        }
+        if (is_symmetric) {
+            TASKS
+            for (int64_t task = 0; task < count * ((n + 7) / 8); task++)
+                mirror((uint16_t *)c + task / ((n + 7) / 8) * n * n, n, task % ((n + 7) / 8) * 8);
+        }
+        free(packed_a), free(packed_b), free(sums);
+    }
+}
+
+#else
+
+EXPORT int matmul_is_here(void) { return 0; }
+
+EXPORT void matmul(const void *a, const void *b, void *c, const void *other, int64_t count, int64_t m, int64_t n,
+                   int64_t k, int a_by_k, int b_by_k, int end, int is_symmetric, float of_product, float of_other,
+                   float of_diagonal) {
+    (void)a, (void)b, (void)c, (void)other, (void)count, (void)m, (void)n, (void)k, (void)a_by_k, (void)b_by_k;
+    (void)end, (void)is_symmetric, (void)of_product, (void)of_other, (void)of_diagonal;
+    abort();
+}
+#endif
