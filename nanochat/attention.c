@@ -17,6 +17,7 @@
 #include <immintrin.h>
 
 #define N 64 /* queries, and keys, of a tile */
+#define HALF 32
 #define PARALLEL_FOR _Pragma("omp parallel for schedule(dynamic)")
 
 typedef struct {
@@ -66,19 +67,18 @@ static void product(const uint16_t *a, int64_t lda, const uint32_t *b, int64_t l
         for (int64_t i = 0; i < rows; i += 8) tile(a + i * lda, lda, b + j, ldb, c + i * ldc + j, ldc, depth / 2, adds);
 }
 
-static inline __m512 exponential(__m512 x) { /* e^x for x <= 0, 2 units in the last place; 0 below -87 */
-    __mmask16 is_tiny = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_LT_OQ);
-    x = _mm512_min_ps(_mm512_set1_ps(88.0f), x); /* NaN, the second operand, stays */
-    __m512 k = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896f)), 8);
-    __m512 r = _mm512_fnmadd_ps(k, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fmadd_ps(k, _mm512_set1_ps(2.12194440e-4f), r);
-    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(1.9875691500e-4f), r, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.0f));
-    return _mm512_mask_mov_ps(_mm512_scalef_ps(p, k), is_tiny, _mm512_setzero_ps());
+#define LOG2E 1.44269504088896f
+
+/* 2^x, for x <= 0 or a little more, within 3e-7; 0 below -150. Its polynomial has the least relative error on +-1/2. */
+static inline __m512 power_of_two(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-151.0f), x); /* NaN, the second operand, stays */
+    __m512 k = _mm512_roundscale_ps(x, 8), r = _mm512_sub_ps(x, k);
+    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(1.3276472049e-3f), r, _mm512_set1_ps(9.6755413847e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.5507132738e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4022119723e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9314696706e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, k);
 }
 
 static inline void narrow(uint16_t *to, __m512 x) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x)); }
@@ -106,18 +106,35 @@ static void pair_rows(const uint16_t *x, int64_t rows, int64_t n, uint32_t *out)
             out[i * n + j] = (uint32_t)x[2 * i * n + j] | (uint32_t)x[(2 * i + 1) * n + j] << 16;
 }
 
-/* The keys that any query of each tile sees, low[i] .. high[i], and each query's own; none behind the last query. */
+/* The keys that any query of each half tile sees, low[i] .. high[i], and each query's own; none behind the last. */
 static void limits(const int32_t *first, const int32_t *last, Shape z, int32_t *from, int32_t *to, int32_t *low,
                    int32_t *high) {
     for (int64_t t = 0; t < z.Tp; t++) from[t] = t < z.T ? first[t] : 1, to[t] = t < z.T ? last[t] : 0;
-    for (int64_t i = 0; i < z.Tp / N; i++) {
+    for (int64_t i = 0; i < z.Tp / HALF; i++) {
         low[i] = INT32_MAX, high[i] = -1;
-        for (int64_t t = i * N; t < i * N + N && t < z.T; t++) {
+        for (int64_t t = i * HALF; t < i * HALF + HALF && t < z.T; t++) {
+            if (from[t] > to[t]) continue;
             if (from[t] < low[i]) low[i] = from[t];
             if (to[t] > high[i]) high[i] = to[t];
         }
     }
 }
+
+/* Which quarters of tile (queries i, keys j) have a visible pair: bit 2 * (half of the queries) + half of the keys. */
+static int quarters(const int32_t *low, const int32_t *high, int64_t i, int64_t j) {
+    int seen = 0;
+    for (int q = 0; q < 2; q++)
+        for (int k = 0; k < 2; k++) {
+            int64_t at = j * N + k * HALF;
+            if (low[2 * i + q] < at + HALF && high[2 * i + q] >= at) seen |= 1 << (2 * q + k);
+        }
+    return seen;
+}
+/* Queries q to q + size and keys k to k + size: the whole tile if all of it is seen, else the quarters that are. */
+#define EACH_PIECE(seen)                                               \
+    for (int size = (seen) == 15 ? N : HALF, q = 0; q < N; q += size) \
+        for (int k = 0; k < N; k += size)                              \
+            if ((seen) >> (2 * (q / HALF) + k / HALF) & 1)
 
 static void forward_tiles(const uint16_t *q, const uint32_t *keys, const uint32_t *values, const int32_t *from,
                           const int32_t *to, const int32_t *low, const int32_t *high, uint16_t *y, float *lse, Shape z,
@@ -131,8 +148,11 @@ static void forward_tiles(const uint16_t *q, const uint32_t *keys, const uint32_
         for (int r = 0; r < N; r++) largest[r] = -INFINITY, sum[r] = 0;
         copy_rows(q + i * N * z.H * E, z.H * E, count, E, rows, N);
         memset(out, 0, (size_t)(N * E) * 4);
-        for (int64_t j = low[i] / N; high[i] >= 0 && j <= high[i] / N; j++) {
-            product(rows, E, keys + j * N * E / 2, N, scores, N, N, N, E, 0);
+        for (int64_t j = 0; j < z.Sp / N; j++) {
+            int pieces = quarters(low, high, i, j);
+            if (!pieces) continue;
+            EACH_PIECE(pieces)
+                product(rows + q * E, E, keys + j * N * E / 2 + k, N, scores + q * N + k, N, size, size, E, 0);
             for (int64_t r = 0; r < N; r++) {
                 int64_t a = from[i * N + r] - j * N, b = to[i * N + r] - j * N; /* visible keys of this tile */
                 uint64_t seen = a > 63 || b < 0 || a > b ? 0 : ~0ull << (a < 0 ? 0 : a) & ~0ull >> (b > 63 ? 0 : 63 - b);
@@ -146,8 +166,9 @@ static void forward_tiles(const uint16_t *q, const uint32_t *keys, const uint32_
                 if (!(m <= before)) largest[r] = m;
                 m = largest[r];
                 float shrink = seen && before != m ? expf(scale * (before - m)) : 1.0f;
+                __m512 factor = _mm512_set1_ps(scale * LOG2E), highest = _mm512_set1_ps(m);
                 for (int c = 0; c < 4; c++) {
-                    __m512 e = exponential(_mm512_mul_ps(_mm512_set1_ps(scale), _mm512_sub_ps(x[c], _mm512_set1_ps(m))));
+                    __m512 e = power_of_two(_mm512_mul_ps(factor, _mm512_sub_ps(x[c], highest)));
                     e = _mm512_maskz_mov_ps((__mmask16)(seen >> (16 * c)), e);
                     total = _mm512_add_ps(total, e);
                     narrow(p + r * N + 16 * c, e);
@@ -156,7 +177,8 @@ static void forward_tiles(const uint16_t *q, const uint32_t *keys, const uint32_
                 if (shrink != 1.0f)
                     for (int64_t e = 0; e < E; e++) out[r * E + e] *= shrink;
             }
-            product(p, N, values + j * N / 2 * E, E, out, E, N, E, N, 1);
+            EACH_PIECE(pieces)
+                product(p + q * N + k, N, values + (j * N + k) / 2 * E, E, out + q * E, E, size, E, size, 1);
         }
         for (int64_t r = 0; r < count; r++) {
             __m512 inverse = _mm512_set1_ps(sum[r] == 0 ? 0.0f : 1.0f / sum[r]);
@@ -191,7 +213,8 @@ EXPORT void attention_forward(const uint16_t *q, const uint16_t *k, const uint16
     }
 }
 
-/* A query head during backward: q and dy by pairs of columns and of rows, L and delta of each query, dq by transposed tiles. */
+/* A query head during backward: q and dy by pairs of columns and of rows, L / log 2 and delta of each query, dq by
+ * transposed tiles. */
 typedef struct {
     uint32_t *q_cols, *q_rows, *dy_cols, *dy_rows;
     float *lse, *delta, *dq;
@@ -209,7 +232,7 @@ static Head prepare(const uint16_t *q, const uint16_t *y, const uint16_t *dy, co
     pair_rows(rows, z.Tp, E, d.dy_rows);
     memset(d.lse, 0, (size_t)z.Tp * 8);
     memset(d.dq, 0, (size_t)(z.Tp * E) * 4);
-    memcpy(d.lse, lse, (size_t)z.T * 4);
+    for (int64_t t = 0; t < z.T; t++) d.lse[t] = lse[t] * LOG2E;
     for (int64_t t = 0; t < z.T; t++) {
         __m512 sum = _mm512_setzero_ps();
         for (int64_t e = 0; e < E; e += 32)
@@ -223,14 +246,14 @@ static Head prepare(const uint16_t *q, const uint16_t *y, const uint16_t *dy, co
 /* Keys x queries of a tile: scores and dP -> P and dS in bf16, dS also by pairs of keys. */
 static void tile_gradient(const float *scores, const float *dp, const float *lse, const float *delta, const int32_t *from,
                           const int32_t *to, int32_t key, float scale, uint16_t *p, uint16_t *ds, uint32_t *ds_rows) {
-    __m512 f = _mm512_set1_ps(scale);
+    __m512 f = _mm512_set1_ps(scale), to_log2 = _mm512_set1_ps(scale * LOG2E);
     for (int32_t c = 0; c < N; c++)
         for (int r = 0; r < N; r += 16) {
             __m512i k = _mm512_set1_epi32(key + c);
             __mmask16 seen = _mm512_cmp_epi32_mask(k, _mm512_loadu_si512(from + r), _MM_CMPINT_NLT);
             seen &= _mm512_cmp_epi32_mask(k, _mm512_loadu_si512(to + r), _MM_CMPINT_LE);
-            __m512 x = _mm512_fmsub_ps(f, _mm512_loadu_ps(scores + c * N + r), _mm512_loadu_ps(lse + r));
-            x = _mm512_maskz_mov_ps(seen, exponential(x));
+            __m512 x = _mm512_fmsub_ps(to_log2, _mm512_loadu_ps(scores + c * N + r), _mm512_loadu_ps(lse + r));
+            x = _mm512_maskz_mov_ps(seen, power_of_two(x));
             __m512 d = _mm512_sub_ps(_mm512_loadu_ps(dp + c * N + r), _mm512_loadu_ps(delta + r));
             d = _mm512_maskz_mul_ps(seen, _mm512_mul_ps(f, x), d);
             narrow(p + c * N + r, x);
@@ -273,16 +296,23 @@ EXPORT void attention_backward(const uint16_t *q, const uint16_t *k, const uint1
             memset(sum_k, 0, (size_t)(2 * N * E) * 4);
             for (int64_t g = 0; g < G; g++)
                 for (int64_t i = 0; i < z.Tp / N; i++) {
-                    if (high[i] < j * N || low[i] >= j * N + N) continue;
+                    int pieces = quarters(low, high, i, j);
+                    if (!pieces) continue;
                     Head d = heads[g];
                     int64_t t = i * N;
-                    product(ks, E, d.q_cols + t * E / 2, N, scores, N, N, N, E, 0);
-                    product(vs, E, d.dy_cols + t * E / 2, N, dp, N, N, N, E, 0);
+                    EACH_PIECE(pieces) {
+                        int64_t cols = t * E / 2 + q, at = k * N + q;
+                        product(ks + k * E, E, d.q_cols + cols, N, scores + at, N, size, size, E, 0);
+                        product(vs + k * E, E, d.dy_cols + cols, N, dp + at, N, size, size, E, 0);
+                    }
                     tile_gradient(scores, dp, d.lse + t, d.delta + t, from + t, to + t, (int32_t)(j * N), scale, p, ds,
                                   ds_rows);
-                    product(p, N, d.dy_rows + t / 2 * E, E, sum_v, E, N, E, N, 1);
-                    product(ds, N, d.q_rows + t / 2 * E, E, sum_k, E, N, E, N, 1);
-                    product(turned, N, ds_rows, N, d.dq + t * E, N, E, N, N, 1);
+                    EACH_PIECE(pieces) {
+                        int64_t both = (t + q) / 2 * E, at = k * N + q;
+                        product(p + at, N, d.dy_rows + both, E, sum_v + k * E, E, size, E, size, 1);
+                        product(ds + at, N, d.q_rows + both, E, sum_k + k * E, E, size, E, size, 1);
+                        product(turned + k, N, ds_rows + k / 2 * N + q, N, d.dq + t * E + q, N, E, size, size, 1);
+                    }
                 }
             for (int64_t c = 0; c < count; c++)
                 for (int64_t e = 0; e < E; e += 16) {

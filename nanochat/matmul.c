@@ -82,7 +82,7 @@ static inline __attribute__((always_inline)) void pack_pair(const uint16_t *one,
 }
 
 /* Rows k0 to k1 of x (K, ld), `cols` columns: runs of `run` of them, `apart` apart, each by pairs of rows. */
-static __attribute__((noinline)) void pack_by_k(const uint16_t *x, int64_t ld, int64_t k0, int64_t k1, int64_t cols, uint32_t *to, int64_t run,
+static void pack_by_k(const uint16_t *x, int64_t ld, int64_t k0, int64_t k1, int64_t cols, uint32_t *to, int64_t run,
                       int64_t apart) {
     for (int64_t k = k0; k < k1; k += 2, to += run)
         pack_pair(x + k * ld, k + 1 < k1 ? x + (k + 1) * ld : NULL, cols, to, run, apart);
@@ -189,7 +189,8 @@ static inline __attribute__((always_inline)) void finish(const Job *job, const i
 }
 
 /* The same for a tile. */
-static __attribute__((noinline)) void finish_tile(const Job *job, int64_t i, int64_t rows, int64_t j, int64_t cols, const float *sums, int64_t ld) {
+static void finish_tile(const Job *job, int64_t i, int64_t rows, int64_t j, int64_t cols, const float *sums,
+                        int64_t ld) {
 #define EVERY(end)                                                                                                  \
     for (int64_t r = 0; r < rows; r++, sums += ld)                                                                  \
         for (int64_t q = 0; q < cols; q += 16)                                                                      \
