@@ -14,7 +14,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && !defined(__AMX_BF16__)
-#include <immintrin.h>
+#include "pairs.h"
 
 #define N 64 /* queries, and keys, of a tile */
 #define HALF 32
@@ -91,19 +91,17 @@ static void copy_rows(const uint16_t *from, int64_t stride, int64_t rows, int64_
     memset(to + rows * n, 0, (size_t)((padded - rows) * n) * 2);
 }
 
-/* Tiles (N x n) -> by pairs of columns: out[j][i] of a tile holds columns 2 j, 2 j + 1 of row i. For the transpose. */
-static void pair_columns(const uint16_t *x, int64_t rows, int64_t n, uint32_t *out) {
-    for (; rows > 0; rows -= N, x += N * n, out += N * n / 2)
-        for (int64_t i0 = 0; i0 < N; i0 += 16)
-            for (int64_t j = 0; j < n / 2; j++)
-                for (int64_t i = i0; i < i0 + 16; i++) memcpy(out + j * N + i, x + i * n + 2 * j, 4);
+/* Rows of n values, `stride` apart -> whole tiles by pairs of columns: out[j][i] of a tile holds columns 2 j, 2 j + 1 of
+ * its row i. For the transpose. */
+static void pair_columns(const uint16_t *x, int64_t stride, int64_t rows, int64_t n, uint32_t *out) {
+    for (; rows > 0; rows -= N, x += N * stride, out += N * n / 2) pack_by_n(x, stride, 0, n, rows, out);
 }
 
-/* (rows x n) -> by pairs of rows: out[i][j] holds rows 2 i and 2 i + 1 of column j. */
-static void pair_rows(const uint16_t *x, int64_t rows, int64_t n, uint32_t *out) {
-    for (int64_t i = 0; i < rows / 2; i++)
-        for (int64_t j = 0; j < n; j++)
-            out[i * n + j] = (uint32_t)x[2 * i * n + j] | (uint32_t)x[(2 * i + 1) * n + j] << 16;
+/* The same rows -> whole tiles by pairs of rows: out[i][j] holds rows 2 i and 2 i + 1 of column j. */
+static void pair_rows(const uint16_t *x, int64_t stride, int64_t rows, int64_t n, uint32_t *out) {
+    pack_by_k(x, stride, 0, rows, n, out, n, 0);
+    int64_t pairs = (rows + 1) / 2;
+    memset(out + pairs * n, 0, (size_t)((whole(rows) / 2 - pairs) * n) * 4);
 }
 
 /* The keys that any query of each half tile sees, low[i] .. high[i], and each query's own; none behind the last. */
@@ -196,20 +194,17 @@ EXPORT void attention_forward(const uint16_t *q, const uint16_t *k, const uint16
     PARALLEL_FOR
     for (int64_t n = 0; n < B * K; n++) {
         int64_t b = n / K, h = n % K, area = z.Sp * E;
-        uint16_t *rows = memory(area * 2);
         uint32_t *keys = memory(area * 4), *values = keys + area / 2;
         int32_t *from = memory(z.Tp * 16), *to = from + z.Tp, *low = to + z.Tp, *high = low + z.Tp;
         float *room = memory((N * N + N * E) * 6);
-        copy_rows(k + (b * S * K + h) * E, K * E, S, E, rows, z.Sp);
-        pair_columns(rows, z.Sp, E, keys);
-        copy_rows(v + (b * S * K + h) * E, K * E, S, E, rows, z.Sp);
-        pair_rows(rows, z.Sp, E, values);
+        pair_columns(k + (b * S * K + h) * E, K * E, S, E, keys);
+        pair_rows(v + (b * S * K + h) * E, K * E, S, E, values);
         limits(first + b * T, last + b * T, z, from, to, low, high);
         for (int64_t g = h * (H / K); g < (h + 1) * (H / K); g++) {
             int64_t at = (b * T * H + g) * E;
             forward_tiles(q + at, keys, values, from, to, low, high, y + at, lse + (b * H + g) * T, z, scale, room);
         }
-        free(rows), free(keys), free(from), free(room);
+        free(keys), free(from), free(room);
     }
 }
 
@@ -220,24 +215,22 @@ typedef struct {
     float *lse, *delta, *dq;
 } Head;
 
-static Head prepare(const uint16_t *q, const uint16_t *y, const uint16_t *dy, const float *lse, Shape z, uint16_t *rows) {
-    int64_t E = z.E, half = z.Tp * E / 2;
+static Head prepare(const uint16_t *q, const uint16_t *y, const uint16_t *dy, const float *lse, Shape z) {
+    int64_t E = z.E, apart = z.H * E, half = z.Tp * E / 2;
     Head d = {.q_cols = memory(half * 16), .lse = memory(z.Tp * 8), .dq = memory(z.Tp * E * 4)};
     d.q_rows = d.q_cols + half, d.dy_cols = d.q_rows + half, d.dy_rows = d.dy_cols + half, d.delta = d.lse + z.Tp;
-    copy_rows(q, z.H * E, z.T, E, rows, z.Tp);
-    pair_columns(rows, z.Tp, E, d.q_cols);
-    pair_rows(rows, z.Tp, E, d.q_rows);
-    copy_rows(dy, z.H * E, z.T, E, rows, z.Tp);
-    pair_columns(rows, z.Tp, E, d.dy_cols);
-    pair_rows(rows, z.Tp, E, d.dy_rows);
+    pair_columns(q, apart, z.T, E, d.q_cols);
+    pair_rows(q, apart, z.T, E, d.q_rows);
+    pair_columns(dy, apart, z.T, E, d.dy_cols);
+    pair_rows(dy, apart, z.T, E, d.dy_rows);
     memset(d.lse, 0, (size_t)z.Tp * 8);
     memset(d.dq, 0, (size_t)(z.Tp * E) * 4);
     for (int64_t t = 0; t < z.T; t++) d.lse[t] = lse[t] * LOG2E;
     for (int64_t t = 0; t < z.T; t++) {
         __m512 sum = _mm512_setzero_ps();
         for (int64_t e = 0; e < E; e += 32)
-            sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(y + t * z.H * E + e),
-                                   (__m512bh)_mm512_loadu_si512(rows + t * E + e));
+            sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(y + t * apart + e),
+                                   (__m512bh)_mm512_loadu_si512(dy + t * apart + e));
         d.delta[t] = _mm512_reduce_add_ps(sum);
     }
     return d;
@@ -277,7 +270,7 @@ EXPORT void attention_backward(const uint16_t *q, const uint16_t *k, const uint1
         int64_t b = n / K, h = n % K;
         Head *heads = memory(G * (int64_t)sizeof(Head));
         int32_t *from = memory(z.Tp * 16), *to = from + z.Tp, *low = to + z.Tp, *high = low + z.Tp;
-        uint16_t *rows = memory(z.Tp * E * 2), *ks = memory((3 * N * E + 2 * N * N) * 2), *vs = ks + N * E;
+        uint16_t *ks = memory((3 * N * E + 2 * N * N) * 2), *vs = ks + N * E;
         uint16_t *turned = vs + N * E, *p = turned + N * E, *ds = p + N * N;
         float *scores = memory((2 * N * N + 2 * N * E + N * N / 2) * 4), *dp = scores + N * N, *sum_k = dp + N * N;
         float *sum_v = sum_k + N * E;
@@ -285,7 +278,7 @@ EXPORT void attention_backward(const uint16_t *q, const uint16_t *k, const uint1
         limits(first + b * T, last + b * T, z, from, to, low, high);
         for (int64_t g = 0; g < G; g++) {
             int64_t at = (b * T * H + h * G + g) * E;
-            heads[g] = prepare(q + at, y + at, dy + at, lse + (b * H + h * G + g) * T, z, rows);
+            heads[g] = prepare(q + at, y + at, dy + at, lse + (b * H + h * G + g) * T, z);
         }
         for (int64_t j = 0; j < z.Sp / N; j++) {
             int64_t count = S - j * N < N ? S - j * N : N, at = ((b * S + j * N) * K + h) * E;
@@ -331,7 +324,7 @@ EXPORT void attention_backward(const uint16_t *q, const uint16_t *k, const uint1
             }
             free(heads[g].q_cols), free(heads[g].lse), free(heads[g].dq);
         }
-        free(heads), free(from), free(rows), free(ks), free(scores);
+        free(heads), free(from), free(ks), free(scores);
     }
 }
 

@@ -31,7 +31,8 @@ from nanochat.hardware import cpu_features, cpu_name
 SOURCES = tuple(
     Path(__file__).with_name(name) for name in ("kernels.c", "attention.c", "optim.c", "matmul.c")
 )
-HEADERS = (Path(__file__).with_name("exponential.h"),)  # which any of the C files may include
+# which any of the C files may include
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("exponential.h", "pairs.h"))
 COMPILERS = ("cc", "gcc", "clang")
 # Sums may be reordered and products fused; infinities and NaN keep their meaning (so no -ffast-math).
 MATH = ("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros")
