@@ -32,7 +32,6 @@
 #define TALL 6          /* rows of a tile */
 #define LONGEST 4096    /* of K at once: a panel of that fills half a core's cache */
 #define SHORT 256       /* of K at once if A is packed, too */
-#define BLOCK_BYTES (256 << 10) /* of A: stays in a core's cache for all panels */
 
 enum { FP32, BF16, RELU_SQUARED, RELU_SQUARED_GRADIENT, MIX, ADD }; /* as in matmul.py */
 
@@ -41,7 +40,7 @@ typedef struct {
     char *c;               /* (M, N): fp32 or bf16 */
     const uint16_t *other; /* (M, N) or NULL */
     int64_t m, n, k;
-    int a_by_k, b_by_k, end;
+    int a_by_k, b_by_k, end, is_symmetric;
     float of_product, of_other, of_diagonal;
 } Job;
 
@@ -146,32 +145,34 @@ static void ask(Ahead *ahead, int64_t lines) {
     }
 }
 
-/* Rows i0 to i1 and columns j0 to j1 of C. packed_b: a panel after the other; sums: (i1 - i0) x whole panels. */
-static void block(const Job *job, int64_t i0, int64_t i1, int64_t j0, int64_t j1, int64_t most, uint32_t *packed_a,
+/* Rows i0 to i1 and columns j0 to j1 of C. packed_b: every panel of B, or room for those of this block; sums: its rows
+ * and whole panels, or one tile. */
+static void block(const Job *job, int64_t i0, int64_t i1, int64_t j0, int64_t j1, uint32_t *packed_a,
                   uint32_t *packed_b, float *sums) {
-    int64_t k = job->k, run = up(i1 - i0, 16) + 16; /* no power of two: their lines would share a few places */
+    int64_t k = job->k, most = job->a_by_k ? SHORT : LONGEST;
+    int64_t run = up(i1 - i0, 16) + 16; /* no power of two: their lines would share a few places */
     int64_t ld = most < k ? up(j1 - j0, PANEL) : PANEL;
     for (int64_t k0 = 0; k0 < k; k0 += most) {
-        int64_t k1 = least(k0 + most, k), pairs = (k1 - k0 + 1) / 2, row = 2 * k, step = 4;
+        int64_t k1 = least(k0 + most, k), next = least(k1 + most, k), pairs = (k1 - k0 + 1) / 2, row = 2 * k, step = 4;
+        int64_t apart = job->a_by_k ? (pairs + 1) * PANEL : (k + 1) / 2 * PANEL, lines = TALL * ((k1 - k0 + 31) / 32);
         const char *a = (const char *)(job->a + i0 * k + k0);
+        const uint32_t *panel = packed_b + j0 / PANEL * apart + k0 / 2 * PANEL;
+        Ahead of_a = ahead_of(job->a + k0, k, least(i0 + TALL, i1), i1, k1 - k0), of_b = {0};
         if (job->a_by_k) {
             pack_by_k(job->a + i0, job->m, k0, k1, i1 - i0, packed_a, run, 0);
-            a = (const char *)packed_a, row = 4, step = 4 * run;
+            pack_by_k(job->b + j0, job->n, k0, k1, j1 - j0, packed_b, PANEL, apart);
+            a = (const char *)packed_a, row = 4, step = 4 * run, panel = packed_b, lines = 12;
+            of_a = ahead_of(job->a + i0, job->m, k1, next, i1 - i0);
+            of_b = ahead_of(job->b + j0, job->n, k1, next, j1 - j0);
         }
-        if (job->b_by_k) pack_by_k(job->b + j0, job->n, k0, k1, j1 - j0, packed_b, PANEL, (pairs + 1) * PANEL);
-        int64_t next = least(k1 + most, k);
-        Ahead of_a = ahead_of(job->a + i0, job->m, k1, job->a_by_k ? next : k1, i1 - i0);
-        Ahead of_b = ahead_of(job->b + j0, job->n, k1, job->b_by_k ? next : k1, j1 - j0);
-        for (int64_t j = j0; j < j1; j += PANEL) {
-            int64_t cols = least(PANEL, j1 - j);
-            uint32_t *panel = packed_b + (job->b_by_k ? (j - j0) * (pairs + 1) : 0);
-            if (!job->b_by_k) pack_by_n(job->b + j * k, k, k0, k1, cols, panel);
-            for (int64_t i = i0; i < i1; i += TALL) {
-                int64_t rows = least(TALL, i1 - i);
+        for (int64_t j = j0; j < j1; j += PANEL, panel += apart) {
+            int64_t end = job->is_symmetric ? least(i1, j + PANEL) : i1;
+            for (int64_t i = i0; i < end; i += TALL) {
+                int64_t rows = least(TALL, end - i);
                 float *c = most < k ? sums + (i - i0) * ld + (j - j0) : sums;
-                ask(&of_a, 12), ask(&of_b, 24);
+                ask(&of_a, lines), ask(&of_b, 24);
                 TILES[rows](a + (i - i0) * row, row, step, panel, pairs, c, ld, k0 > 0);
-                if (k1 == k) finish_tile(job, i, rows, j, cols, c, ld);
+                if (k1 == k) finish_tile(job, i, rows, j, least(PANEL, j1 - j), c, ld);
             }
         }
     }
@@ -217,37 +218,48 @@ EXPORT int matmul_is_here(void) { return 1; }
 EXPORT void matmul(const uint16_t *a, const uint16_t *b, void *c, const uint16_t *other, int64_t count, int64_t m,
                    int64_t n, int64_t k, int a_by_k, int b_by_k, int end, int is_symmetric, float of_product,
                    float of_other, float of_diagonal) {
-    int64_t most = a_by_k ? SHORT : LONGEST, size = end == FP32 || end == ADD ? 4 : 2;
-    int64_t wide_block = a_by_k ? 6 * PANEL : PANEL, high = a_by_k ? 192 : BLOCK_BYTES / (2 * least(k, 512));
-    int64_t across = (n + wide_block - 1) / wide_block, fewest = a_by_k ? 96 : 48;
-    int64_t shares = (a_by_k ? 1 : 4) * (int64_t)THREADS; /* every thread has some, and what is packed serves many */
-    int64_t fair = (m * across * count + shares - 1) / shares;
-    high = least(high, fair > fewest ? fair : fewest);
-    int64_t down = (m + high - 1) / high;
-    while (down * across * count % THREADS && down * across * count < 4 * THREADS && down < m / TALL) down++;
+    int64_t size = end == FP32 || end == ADD ? 4 : 2, panels = (n + PANEL - 1) / PANEL, pairs = (k + 1) / 2;
+    int64_t wide = a_by_k ? 6 : panels, high = a_by_k ? 192 : 128, threads = THREADS; /* of a task, in panels and rows */
+    int64_t across = (panels + wide - 1) / wide, down = (m + high - 1) / high, wanted = (a_by_k ? 1 : 4) * threads;
+    while (count * down * across < wanted && down < m / 96) down++;
+    while (!a_by_k && count * down * across < wanted && wide > 1) wide = (wide + 1) / 2, across = (panels + wide - 1) / wide;
+    while (count * down * across % threads && count * down * across < 4 * threads && down < m / TALL) down++;
     high = up((m + down - 1) / down, TALL);
+    int64_t most = a_by_k ? SHORT : LONGEST, area = panels * pairs * PANEL;
+    uint32_t *every_panel = a_by_k ? NULL : memory(count * area * 4);
     PARALLEL {
-        uint32_t *packed_a = memory(a_by_k ? (up(high, 16) + 16) * (SHORT / 2) * 4 : 0);
-        int64_t panels = ((least(k, most) + 1) / 2 + 1) * (b_by_k ? wide_block : PANEL) * 4;
-        uint32_t *packed_b = memory(panels);
-        float *sums = memory((most < k ? high * wide_block : TALL * PANEL) * 4);
+        uint32_t *packed_a = NULL, *packed_b = every_panel;
+        float *sums = memory((most < k ? high * wide * PANEL : TALL * PANEL) * 4);
+        if (a_by_k) {
+            packed_a = memory((up(high, 16) + 16) * (SHORT / 2) * 4);
+            packed_b = memory((least(pairs, SHORT / 2) + 1) * wide * PANEL * 4);
+        } else {
+            TASKS
+            for (int64_t task = 0; task < count * panels; task++) {
+                int64_t which = task / panels, j = task % panels * PANEL;
+                uint32_t *to = every_panel + task * pairs * PANEL;
+                if (b_by_k) pack_by_k(b + which * n * k + j, n, 0, k, least(PANEL, n - j), to, PANEL, 0);
+                else pack_by_n(b + which * n * k + j * k, k, 0, k, least(PANEL, n - j), to);
+            }
+        }
         TASKS
         for (int64_t task = 0; task < count * down * across; task++) {
-            int64_t which = task / (down * across), i0 = task / across % down * high, j0 = task % across * wide_block;
+            int64_t which = task / (down * across), i0 = task / across % down * high, j0 = task % across * wide * PANEL;
             Job job = {a + which * m * k, b + which * n * k, (char *)c + which * m * n * size,
-                       other ? other + which * m * n : NULL, m, n, k, a_by_k, b_by_k, end,
+                       other ? other + which * m * n : NULL, m, n, k, a_by_k, b_by_k, end, is_symmetric,
                        of_product, of_other, of_diagonal};
-            int64_t i1 = least(i0 + high, m), j1 = least(j0 + wide_block, n);
-            if (is_symmetric) i1 = least(i1, j1);
-            if (i0 < i1) block(&job, i0, i1, j0, j1, most, packed_a, packed_b, sums);
+            int64_t i1 = least(i0 + high, m), j1 = least(j0 + wide * PANEL, n);
+            if (i0 < i1 && j0 < j1) block(&job, i0, i1, j0, j1, packed_a, packed_b + (a_by_k ? 0 : which * area), sums);
         }
         if (is_symmetric) {
             TASKS
             for (int64_t task = 0; task < count * ((n + 7) / 8); task++)
                 mirror((uint16_t *)c + task / ((n + 7) / 8) * n * n, n, task % ((n + 7) / 8) * 8);
         }
-        free(packed_a), free(packed_b), free(sums);
+        if (a_by_k) free(packed_a), free(packed_b);
+        free(sums);
     }
+    free(every_panel);
 }
 
 #else
