@@ -211,22 +211,27 @@ static void *memory(int64_t bytes) {
 
 EXPORT int matmul_is_here(void) { return 1; }
 
-/* `count` products P of contiguous matrices, in turn. What C is made of, by `end`: FP32 and BF16 P; ADD C + P, in fp32;
- * RELU_SQUARED relu(P)^2; RELU_SQUARED_GRADIENT 2 sqrt(other) P; MIX of_product P + of_other other + of_diagonal I.
- * K is even unless A is stored (K, M). is_symmetric: C (M = N, bf16) is known to be, and half of it is made.
+static void pack(const Job *job, int64_t panel, uint32_t *every_panel) {
+    int64_t j = panel * PANEL, n = job->n, k = job->k;
+    uint32_t *to = every_panel + panel * ((k + 1) / 2) * PANEL;
+    if (job->b_by_k) pack_by_k(job->b + j, n, 0, k, least(PANEL, n - j), to, PANEL, 0);
+    else pack_by_n(job->b + j * k, k, 0, k, least(PANEL, n - j), to);
+}
+
+/* C (M x N) of contiguous matrices from the product P, by `end`: FP32 and BF16 P; ADD C + P, in fp32; RELU_SQUARED
+ * relu(P)^2; RELU_SQUARED_GRADIENT 2 sqrt(other) P; MIX P + other. K is even unless A is stored (K, M).
  */
-EXPORT void matmul(const uint16_t *a, const uint16_t *b, void *c, const uint16_t *other, int64_t count, int64_t m,
-                   int64_t n, int64_t k, int a_by_k, int b_by_k, int end, int is_symmetric, float of_product,
-                   float of_other, float of_diagonal) {
-    int64_t size = end == FP32 || end == ADD ? 4 : 2, panels = (n + PANEL - 1) / PANEL, pairs = (k + 1) / 2;
+EXPORT void matmul(const uint16_t *a, const uint16_t *b, void *c, const uint16_t *other, int64_t m, int64_t n, int64_t k,
+                   int a_by_k, int b_by_k, int end) {
+    const Job job = {a, b, c, other, m, n, k, a_by_k, b_by_k, end, 0, 1.0f, 1.0f, 0.0f};
+    int64_t panels = (n + PANEL - 1) / PANEL, pairs = (k + 1) / 2, most = a_by_k ? SHORT : LONGEST;
     int64_t wide = a_by_k ? 6 : panels, high = a_by_k ? 192 : 128, threads = THREADS; /* of a task, in panels and rows */
     int64_t across = (panels + wide - 1) / wide, down = (m + high - 1) / high, wanted = (a_by_k ? 1 : 4) * threads;
-    while (count * down * across < wanted && down < m / 96) down++;
-    while (!a_by_k && count * down * across < wanted && wide > 1) wide = (wide + 1) / 2, across = (panels + wide - 1) / wide;
-    while (count * down * across % threads && count * down * across < 4 * threads && down < m / TALL) down++;
+    while (down * across < wanted && down < m / 96) down++;
+    while (!a_by_k && down * across < wanted && wide > 1) wide = (wide + 1) / 2, across = (panels + wide - 1) / wide;
+    while (down * across % threads && down * across < 4 * threads && down < m / TALL) down++;
     high = up((m + down - 1) / down, TALL);
-    int64_t most = a_by_k ? SHORT : LONGEST, area = panels * pairs * PANEL;
-    uint32_t *every_panel = a_by_k ? NULL : memory(count * area * 4);
+    uint32_t *every_panel = a_by_k ? NULL : memory(panels * pairs * PANEL * 4);
     PARALLEL {
         uint32_t *packed_a = NULL, *packed_b = every_panel;
         float *sums = memory((most < k ? high * wide * PANEL : TALL * PANEL) * 4);
@@ -235,26 +240,13 @@ EXPORT void matmul(const uint16_t *a, const uint16_t *b, void *c, const uint16_t
             packed_b = memory((least(pairs, SHORT / 2) + 1) * wide * PANEL * 4);
         } else {
             TASKS
-            for (int64_t task = 0; task < count * panels; task++) {
-                int64_t which = task / panels, j = task % panels * PANEL;
-                uint32_t *to = every_panel + task * pairs * PANEL;
-                if (b_by_k) pack_by_k(b + which * n * k + j, n, 0, k, least(PANEL, n - j), to, PANEL, 0);
-                else pack_by_n(b + which * n * k + j * k, k, 0, k, least(PANEL, n - j), to);
-            }
+            for (int64_t panel = 0; panel < panels; panel++) pack(&job, panel, every_panel);
         }
         TASKS
-        for (int64_t task = 0; task < count * down * across; task++) {
-            int64_t which = task / (down * across), i0 = task / across % down * high, j0 = task % across * wide * PANEL;
-            Job job = {a + which * m * k, b + which * n * k, (char *)c + which * m * n * size,
-                       other ? other + which * m * n : NULL, m, n, k, a_by_k, b_by_k, end, is_symmetric,
-                       of_product, of_other, of_diagonal};
-            int64_t i1 = least(i0 + high, m), j1 = least(j0 + wide * PANEL, n);
-            if (i0 < i1 && j0 < j1) block(&job, i0, i1, j0, j1, packed_a, packed_b + (a_by_k ? 0 : which * area), sums);
-        }
-        if (is_symmetric) {
-            TASKS
-            for (int64_t task = 0; task < count * ((n + 7) / 8); task++)
-                mirror((uint16_t *)c + task / ((n + 7) / 8) * n * n, n, task % ((n + 7) / 8) * 8);
+        for (int64_t task = 0; task < down * across; task++) {
+            int64_t i0 = task / across * high, i1 = least(i0 + high, m);
+            int64_t j0 = task % across * wide * PANEL, j1 = least(j0 + wide * PANEL, n);
+            if (i0 < i1 && j0 < j1) block(&job, i0, i1, j0, j1, packed_a, packed_b, sums);
         }
         if (a_by_k) free(packed_a), free(packed_b);
         free(sums);
@@ -262,15 +254,54 @@ EXPORT void matmul(const uint16_t *a, const uint16_t *b, void *c, const uint16_t
     free(every_panel);
 }
 
+/* A small product of bf16 matrices by one thread: C = of_product A B + of_other other + of_diagonal I. */
+static void small(Job job, uint32_t *every_panel, float *sums) {
+    for (int64_t panel = 0; panel * PANEL < job.n; panel++) pack(&job, panel, every_panel);
+    block(&job, 0, job.m, 0, job.n, NULL, every_panel, sums);
+    for (int64_t i = 0; job.is_symmetric && i < job.n; i += 8) mirror((uint16_t *)(void *)job.c, job.n, i);
+}
+
+/* Polar Express on `count` matrices x (R x C, R <= C, both even) in place, a thread each, as optim/muon.py describes it;
+ * factors: (steps, 3). Of symmetric products half is made. `pairwise`: two steps at a time while two are left. */
+EXPORT void polar(uint16_t *x, const float *factors, int64_t count, int64_t rows, int64_t cols, int64_t steps,
+                  int pairwise) {
+    int64_t R = rows, C = cols, square = R * R, most = up(R, PANEL) * C;
+    if (up(C, PANEL) * R > most) most = up(C, PANEL) * R;
+    PARALLEL {
+        uint32_t *every_panel = memory(most * 2);
+        float *sums = memory((C > LONGEST ? up(R, TALL) * up(C, PANEL) : TALL * PANEL) * 4);
+        uint16_t *a = memory((3 * square + R * C) * 2), *q = a + square, *t = q + square, *y = t + square;
+#define PRODUCT(c, a, b, by_k, other, n, k, symmetric, f, g, h)                                                     \
+    small((Job){a, b, (char *)(c), other, R, n, k, 0, by_k, MIX, symmetric, f, g, h}, every_panel, sums)
+        TASKS
+        for (int64_t which = 0; which < count; which++) {
+            uint16_t *own = x + which * R * C, *from = own, *to = y, *swap;
+            for (int64_t step = 0; step < steps; step++) {
+                const float *f = factors + 3 * step;
+                PRODUCT(a, from, from, 0, NULL, R, C, 1, 1.0f, 0.0f, 0.0f);
+                if (pairwise && step + 1 < steps) {
+                    PRODUCT(q, a, a, 0, a, R, R, 1, f[2], f[1], f[0]);
+                    PRODUCT(t, q, a, 0, NULL, R, R, 0, 1.0f, 0.0f, 0.0f);
+                    PRODUCT(a, t, q, 0, NULL, R, R, 0, 1.0f, 0.0f, 0.0f); /* not mirrored: rounding is not symmetric */
+                    f += 3, step++;
+                    PRODUCT(t, a, a, 0, a, R, R, 1, f[2], f[1], f[0]);
+                    PRODUCT(a, t, q, 0, NULL, R, R, 0, 1.0f, 0.0f, 0.0f);
+                    PRODUCT(to, a, from, 1, NULL, C, R, 0, 1.0f, 0.0f, 0.0f);
+                } else {
+                    PRODUCT(q, a, a, 0, a, R, R, 1, f[2], f[1], 0.0f);
+                    PRODUCT(to, q, from, 1, from, C, R, 0, 1.0f, f[0], 0.0f);
+                }
+                swap = from, from = to, to = swap;
+            }
+            if (from != own) memcpy(own, from, (size_t)(R * C) * 2);
+        }
+        free(every_panel), free(sums), free(a);
+    }
+}
+
 #else
 
 EXPORT int matmul_is_here(void) { return 0; }
-
-EXPORT void matmul(const void *a, const void *b, void *c, const void *other, int64_t count, int64_t m, int64_t n,
-                   int64_t k, int a_by_k, int b_by_k, int end, int is_symmetric, float of_product, float of_other,
-                   float of_diagonal) {
-    (void)a, (void)b, (void)c, (void)other, (void)count, (void)m, (void)n, (void)k, (void)a_by_k, (void)b_by_k;
-    (void)end, (void)is_symmetric, (void)of_product, (void)of_other, (void)of_diagonal;
-    abort();
-}
+EXPORT void matmul(void) { abort(); }
+EXPORT void polar(void) { abort(); }
 #endif

@@ -1,10 +1,12 @@
 """bf16 matrix products of a training step on a CPU: matmul.c where it was built with its instructions, else
 PyTorch's.
 
-Letters: M rows (tokens), I and O features of a weight (O, I), n matrices of a stack, R x C.
+Letters: I and O features of a weight (O, I); n matrices of a stack, R x C.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,12 +26,6 @@ def is_fast(*tensors: Tensor) -> bool:
         if columns % 2 or columns < SMALLEST or x.numel() < SMALLEST * columns:
             return False
     return True
-
-
-def is_fast_stack(X_nRC: Tensor) -> bool:
-    """The same for a stack of matrices, with their transposes and X X^T."""
-    rows, columns = X_nRC.shape[1:]
-    return rows % 2 == 0 and min(rows, columns) >= SMALLEST and is_fast(X_nRC)
 
 
 def forward(x: Tensor, w_OI: Tensor, plus: Tensor | None = None, is_squared: bool = False) -> Tensor:
@@ -66,33 +62,20 @@ def gradient_of_weight(grad: Tensor, x: Tensor, add_to: Tensor | None = None) ->
     return dw_OI
 
 
-def gram(X_nRC: Tensor, of_product: float = 1.0, of_itself: float = 0.0, of_identity: float = 0.0) -> Tensor:
-    """of_product X X^T + of_itself X + of_identity I (n, R, R); the second for symmetric X alone."""
-    n, R, C = X_nRC.shape
-    Y_nRR = X_nRC.new_empty(n, R, R)
-    factors = of_product, of_itself, of_identity
-    other = X_nRC if of_itself else None
-    _run(X_nRC, X_nRC, Y_nRR, R, R, C, end=MIX, other=other, count=n, is_symmetric=True, factors=factors)
-    return Y_nRR
+def polar(X_nRC: Tensor, steps: Sequence[tuple[float, float, float]], is_pairwise: bool) -> Tensor | None:
+    """Polar Express (nanochat.optim.muon) on a stack, whole matrices to a thread; None where it does not fit.
 
-
-def times(A_nRR: Tensor, X_nRC: Tensor, of_itself: float = 0.0) -> Tensor:
-    """A X + of_itself X."""
-    n, R, C = X_nRC.shape
-    Y_nRC, other = torch.empty_like(X_nRC), X_nRC if of_itself else None
-    _run(
-        A_nRR,
-        X_nRC,
-        Y_nRC,
-        R,
-        C,
-        R,
-        b_by_k=True,
-        end=MIX,
-        other=other,
-        count=n,
-        factors=(1.0, of_itself, 0.0),
-    )
+    is_pairwise: two steps at a time. Of symmetric products half is computed.
+    """
+    (n, R, C), threads = X_nRC.shape, torch.get_num_threads()
+    if R > C:
+        turned = polar(X_nRC.mT.contiguous(), steps, is_pairwise)
+        return None if turned is None else turned.mT.contiguous()
+    is_even = n % threads == 0 or n >= 4 * threads  # else threads would wait
+    if R % 2 or R < SMALLEST or not is_even or not is_fast(X_nRC):
+        return None
+    Y_nRC, factors = X_nRC.clone(), torch.tensor(steps)
+    native.call("polar", Y_nRC, factors, n, R, C, len(steps), int(is_pairwise))
     return Y_nRC
 
 
@@ -102,8 +85,6 @@ def _rows(x: Tensor) -> int:
 
 def _run(
     a: Tensor, b: Tensor, c: Tensor, m: int, n: int, k: int, *, a_by_k: bool = False, b_by_k: bool = False,
-    end: int, other: Tensor | None = None, count: int = 1, is_symmetric: bool = False,
-    factors: tuple[float, float, float] = (1.0, 1.0, 0.0),
+    end: int, other: Tensor | None = None,
 ) -> None:  # fmt: skip
-    flags = int(a_by_k), int(b_by_k), end, int(is_symmetric)
-    native.call("matmul", a, b, c, other, count, m, n, k, *flags, *factors)
+    native.call("matmul", a, b, c, other, m, n, k, int(a_by_k), int(b_by_k), end)

@@ -65,7 +65,8 @@ SIGNATURES = {
     "attention_backward": "pppppppppppllllllf",
     "embedding_forward": "pppll",
     "embedding_backward": "ppplll",
-    "matmul": "ppppllll" + "iiii" + "fff",
+    "matmul": "pppplll" + "iii",
+    "polar": "ppllll" + "i",
 }
 TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 

@@ -50,30 +50,38 @@ def test_products_and_what_follows_them(shape: tuple[int, int, int], needs_produ
     close(total, wide_dy.T @ wide_x + 1)
 
 
-@pytest.mark.parametrize("shape", [(3, 128, 384), (2, 70, 70), (1, 390, 36)])
-def test_stacks_of_symmetric_products(shape: tuple[int, int, int], needs_products: None) -> None:
+@pytest.mark.parametrize("shape", [(4, 128, 384), (2, 70, 70), (2, 64, 4200), (8, 390, 36)])
+def test_polar_is_the_polynomial_of_its_steps(shape: tuple[int, int, int], needs_products: None) -> None:
+    """Two steps of mild factors, one at a time and both at once, against fp64."""
     X = bf16(*shape)
-    A = matmul.gram(X)
-    close(A, X.double() @ X.double().mT)
-    assert torch.equal(A, A.mT)
-    A = A / 64
-    wide, eye = A.double(), torch.eye(shape[1], dtype=torch.float64)
-    close(matmul.gram(A, 0.5, -2.0, 3.0), 0.5 * wide @ wide - 2 * wide + 3 * eye)
-    close(matmul.times(A, X, 1.5), wide @ X.double() + 1.5 * X.double())
+    X = X / X.double().norm(dim=(1, 2), keepdim=True).bfloat16()
+    steps, wanted = [(1.5, -0.7, 0.2), (1.2, -0.5, 0.3)], X.double()
+    for a, b, c in steps:
+        A = wanted @ wanted.mT
+        wanted = a * wanted + (b * A + c * A @ A) @ wanted
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for is_pairwise in (False, True):
+            found = matmul.polar(X, steps, is_pairwise)
+            assert found is not None and found.is_contiguous()
+            assert (found.double() - wanted).norm() < 0.006 * wanted.norm()
+        assert matmul.polar(X[:1], steps, False) is None  # one matrix would leave a thread idle
+        assert matmul.polar(X[:, :33], steps, False) is None or shape[2] % 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_row_does_not_depend_on_its_company_or_on_threads(needs_products: None) -> None:
     x, w, dy = bf16(500, 160), bf16(200, 160, seed=1), bf16(500, 200, seed=2)
-    before, made = torch.get_num_threads(), []
+    before, made = torch.get_num_threads(), list[tuple[torch.Tensor, ...]]()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            y, dx, dw = (
-                matmul.forward(x, w),
-                matmul.gradient_of_input(dy, w),
-                matmul.gradient_of_weight(dy, x),
-            )
-            made.append((y, dx, dw, matmul.gram(bf16(2, 200, 160))))
+            X = matmul.polar(bf16(12, 96, 160), [(1.0, -1e-6, 1e-12)], False)
+            assert X is not None
+            made.append((matmul.forward(x, w), matmul.gradient_of_input(dy, w), X))
+            made[-1] += (matmul.gradient_of_weight(dy, x),)
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in made[1:] for a, b in zip(made[0], other, strict=True))

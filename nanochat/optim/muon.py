@@ -52,14 +52,14 @@ def polar(X: torch.Tensor, ns_steps: int) -> torch.Tensor:
     1.6 times those of single bf16 steps and 0.01 (a test).
     """
     num_rows, num_cols = X.shape[1:]
-    is_fast = matmul.is_fast_stack(X)
-    if num_rows > (num_cols if is_fast else 2 * num_cols) and X.dtype == torch.bfloat16:
-        turned = X.mT.contiguous() if is_fast else X.mT
-        return polar(turned, ns_steps).mT.contiguous()
-    if is_fast:
-        return _polar(X, list(POLAR_EXPRESS[:ns_steps]))
+    is_long = X.dtype == torch.bfloat16 and max(num_rows, num_cols) > 2 * min(num_rows, num_cols)
+    done = matmul.polar(X, POLAR_EXPRESS[:ns_steps], is_long)
+    if done is not None:
+        return done
+    if is_long and num_rows > num_cols:
+        return polar(X.mT, ns_steps).mT.contiguous()
     steps = list(POLAR_EXPRESS[:ns_steps])
-    while len(steps) > 1 and num_cols > 2 * num_rows and X.dtype == torch.bfloat16:
+    while is_long and len(steps) > 1:
         A = torch.bmm(X, X.mT)
         Q = _polynomial(A, *steps.pop(0))
         X = torch.bmm(torch.bmm(_polynomial(torch.bmm(torch.bmm(Q, A), Q), *steps.pop(0)), Q), X)
@@ -68,19 +68,6 @@ def polar(X: torch.Tensor, ns_steps: int) -> torch.Tensor:
         B = torch.baddbmm(A, A, A, beta=beta, alpha=gamma)
         X = torch.baddbmm(X, B, X, beta=alpha) if num_rows <= num_cols else torch.baddbmm(X, X, B, beta=alpha)
     return X
-
-
-def _polar(X_nRC: torch.Tensor, steps: list[tuple[float, float, float]]) -> torch.Tensor:
-    """The same for R <= C by matmul.c: half is computed of what is symmetric."""
-    while len(steps) > 1 and X_nRC.shape[2] > 2 * X_nRC.shape[1]:
-        (a, b, c), (d, e, f), steps = *steps[:2], steps[2:]
-        A = matmul.gram(X_nRC)
-        Q = matmul.gram(A, c, b, a)
-        A = matmul.times(matmul.times(Q, A), Q)  # not mirrored: rounding is not symmetric there
-        X_nRC = matmul.times(matmul.times(matmul.gram(A, f, e, d), Q), X_nRC)
-    for alpha, beta, gamma in steps:
-        X_nRC = matmul.times(matmul.gram(matmul.gram(X_nRC), gamma, beta), X_nRC, alpha)
-    return X_nRC
 
 
 def _polynomial(A: torch.Tensor, alpha: float, beta: float, gamma: float) -> torch.Tensor:
