@@ -71,7 +71,7 @@ def polar(X_nRC: Tensor, steps: Sequence[tuple[float, float, float]], is_pairwis
     if R > C:
         turned = polar(X_nRC.mT.contiguous(), steps, is_pairwise)
         return None if turned is None else turned.mT.contiguous()
-    is_even = n % threads == 0 or n >= 4 * threads  # else threads would wait
+    is_even = 3 * -(-n // threads) * threads <= 4 * n  # else more than a quarter of the threads would wait
     if R % 2 or R < SMALLEST or not is_even or not is_fast(X_nRC):
         return None
     Y_nRC, factors = X_nRC.clone(), torch.tensor(steps)
