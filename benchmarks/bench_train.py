@@ -7,9 +7,9 @@ Variants: `ours`; `torch`, ours without the compiled CPU kernels (what a machine
 torch.compile. The shape is fixed so that figures compare: V = 4,096, pattern L, heads of 64 channels, rows of
 512 tokens, 16 rows a step, width 64 a layer; `demo` instead of a depth is the CPU demo's (depth 4, width 128,
 rows of 256, 8 rows). The floor is FLOPs per token over the matrix rate that this machine reaches at these
-sizes, measured in the same process. Each configuration runs in a process of its own, in turns for --rounds,
-and the best step counts, so that other programs disturb little; the time to the first step is real,
-compilation included.
+sizes, measured in the same process. Each variant has a process of its own; they stay, and take turns step by
+step, so that what else happens on the machine happens to all of them, and the best step counts. The time to
+the first step is real, compilation included; the others wait meanwhile.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ DEMO = {"aspect": 32, "head_dim": 32, "sequence_len": 256, "device_batch": 8}  #
 VARIANTS = ("ours", "torch", "plain", "plain-compiled")
 
 
-def measure(depth: str, dtype_name: str, variant: str, steps: int) -> dict[str, float | int | str]:
-    """One configuration in this process: seconds to the first step, the best and the median step after it."""
+def measure(depth: str, dtype_name: str, variant: str) -> dict[str, float | int | str]:
+    """One configuration in this process, a step for each line that comes in: seconds to the first step, the
+    best and the median step after it."""
     start = time.perf_counter()
     import torch
 
@@ -67,7 +68,7 @@ def measure(depth: str, dtype_name: str, variant: str, steps: int) -> dict[str, 
             optimizer.zero_grad()
 
     times, optimizer_times, losses = [], [], []
-    for _ in range(steps + 1):
+    for _ in sys.stdin:
         begin = time.perf_counter()
         loss = forward()
         loss.backward()
@@ -78,6 +79,7 @@ def measure(depth: str, dtype_name: str, variant: str, steps: int) -> dict[str, 
         optimizer_times.append(time.perf_counter() - middle)
         if len(times) == 1:
             first = time.perf_counter() - start
+        print("a step is done", flush=True)
     best = min(times[1:])
     tokens = rows * length
     flops, rate = model.estimate_flops(causal=True), hardware.matmul_rate(dtype, 1.0)
@@ -88,7 +90,7 @@ def measure(depth: str, dtype_name: str, variant: str, steps: int) -> dict[str, 
         "variant": variant,
         "threads": torch.get_num_threads(),
         "tokens_per_second": round(tokens / best),
-        "median_tokens_per_second": round(tokens / sorted(times[1:])[steps // 2]),
+        "median_tokens_per_second": round(tokens / sorted(times[1:])[len(times) // 2 - 1]),
         "first_step_seconds": round(first, 2),
         "optimizer_frac": round(min(optimizer_times[1:]) / best, 3),
         "matmul_gflops": round(rate / 1e9, 1),
@@ -125,34 +127,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--csv", help="file to write, or auto for benchmarks/record/MACHINE/DATE-train.csv")
     parser.add_argument("--variants", default="ours,plain")
-    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--one", nargs=3, metavar=("DEPTH", "DTYPE", "VARIANT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         sys.path.insert(0, str(ROOT))
-        print(json.dumps(measure(*args.one, args.steps)))
+        print(json.dumps(measure(*args.one)))
         return
     rows = []
     for depth in args.depths.split(","):
         for dtype in args.dtypes.split(","):
-            found: dict[str, dict[str, Any]] = {}
-            for _ in range(args.rounds):
-                for variant in args.variants.split(","):
-                    command = [
-                        sys.executable,
-                        __file__,
-                        "--one",
-                        depth,
-                        dtype,
-                        variant,
-                        f"--steps={args.steps}",
-                    ]
-                    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-                    if done.returncode:
-                        raise SystemExit(done.stderr)
-                    row = json.loads(done.stdout.splitlines()[-1])
-                    if variant not in found or row["tokens_per_second"] > found[variant]["tokens_per_second"]:
-                        found[variant] = row
+            found = take_turns(depth, dtype, args.variants.split(","), args.steps)
             slowest = found.get("plain", {}).get("tokens_per_second")
             for row in found.values():
                 row["times_plain"] = round(row["tokens_per_second"] / slowest, 2) if slowest else ""
@@ -160,6 +144,33 @@ def main() -> None:
                 print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     if args.csv:
         write_rows(rows, args.csv, "train")
+
+
+def take_turns(depth: str, dtype: str, variants: list[str], steps: int) -> dict[str, dict[str, Any]]:
+    """What each variant's process found after a first step and `steps` more, made in turns."""
+    found, running = {}, {}
+    try:
+        for turn in range(steps + 1):
+            for variant in variants:
+                if turn == 0:
+                    running[variant] = subprocess.Popen(
+                        [sys.executable, __file__, "--one", depth, dtype, variant], stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE, text=True, cwd=ROOT,
+                    )  # fmt: skip
+                _ask(running[variant], "step")
+        for variant, process in running.items():
+            found[variant] = json.loads(process.communicate(timeout=600)[0].splitlines()[-1])
+    finally:
+        for process in running.values():
+            process.kill()
+    return found
+
+
+def _ask(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdin is not None and process.stdout is not None
+    print(line, file=process.stdin, flush=True)
+    if not process.stdout.readline():
+        raise SystemExit(f"a process ended with code {process.wait()}; its message stands above")
 
 
 def write_rows(rows: list[dict[str, Any]], where: str, name: str) -> None:
