@@ -42,7 +42,7 @@ def training(rows: Sequence[dict[str, str]]) -> str:
     ]
     floors = values("ours", "floor_tokens_per_second")
     top = 1.08 * max(v for bars in (*series, Bars("", floors, "")) for v in bars.values if v is not None)
-    names = [f"depth {depth}, {dtype}" for depth, _, dtype in groups]
+    names = [f"depth {depth}, width {width}, {dtype}" for depth, width, dtype in groups]
     return svg("Training speed", names, series, "tokens/s (dotted: floor)", floors, top)
 
 
