@@ -118,7 +118,7 @@ class WeightedNLL(torch.autograd.Function):
         for i in range(0, hidden_ND.shape[0], rows):
             h, y = hidden_ND[i : i + rows], targets_N[i : i + rows]
             if kernel is not None:
-                is_fast = matmul.is_fast(h, w_VD)
+                is_fast = vocab % 2 == 0 and matmul.is_fast(h, w_VD)
                 d = matmul.forward(h, w_VD) if is_fast else h @ w_VD.T
                 w_N = weights_N[i : i + rows].to(wide)
                 total += (kernel(d, y.contiguous(), SOFTCAP, wants) * w_N).sum()

@@ -87,4 +87,8 @@ def _run(
     a: Tensor, b: Tensor, c: Tensor, m: int, n: int, k: int, *, a_by_k: bool = False, b_by_k: bool = False,
     end: int, other: Tensor | None = None,
 ) -> None:  # fmt: skip
+    if k % 2 and not a_by_k:  # matmul.c would read a pair across the end of a row
+        raise ValueError(
+            f"the axis that is summed over must be even, found {k}; leave it to PyTorch's product"
+        )
     native.call("matmul", a, b, c, other, m, n, k, int(a_by_k), int(b_by_k), end)

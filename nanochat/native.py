@@ -92,7 +92,7 @@ def is_half(x: Tensor) -> int:
 
 
 def call(name: str, *arguments: Any) -> None:
-    """Run a function of kernels.c; tensors are passed by address, None as NULL."""
+    """Run a function of the C files; tensors are passed by address, None as NULL."""
     getattr(library(), name)(*[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments])
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import linear, matmul, native
+from nanochat.cross_entropy import weighted_nll
 from nanochat.linear import Embedding, Linear
 
 # (rows, inputs, outputs): whole tiles; rests of every kind; sums longer than a pass; more rows than a block
@@ -110,6 +111,31 @@ def test_what_does_not_suit_is_left_to_pytorch() -> None:
     plain = F.linear(x, layer.weight.bfloat16())
     assert torch.equal(linear.linear_plus(x, layer, x), x + plain)
     assert torch.equal(linear.linears(x, layer)[0], plain)
+
+
+def test_odd_sums_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pair would reach across the end of a row: an odd vocabulary, an odd number of outputs."""
+    hidden, head = (
+        bf16(40, 64).requires_grad_(),
+        torch.randn(65, 64, generator=torch.Generator().manual_seed(5)),
+    )
+    targets = torch.arange(40)
+    layer, x = Linear(64, 35), bf16(40, 64, seed=1).requires_grad_()
+    with torch.no_grad():
+        layer.weight.copy_(head[:35])
+    made = []
+    for override in (None, False):
+        monkeypatch.setattr(native, "_override", override)
+        loss = weighted_nll(hidden, head, targets, torch.ones(()).expand(40), 65)
+        y = linear.linear_plus(x, layer, bf16(40, 35, seed=2))
+        made.append([y, *torch.autograd.grad(loss + y.float().square().sum(), (hidden, x, layer.weight))])
+    for found, plain in zip(*made, strict=True):
+        assert (found.double() - plain.double()).norm() < 0.02 * plain.double().norm()
+
+
+def test_an_odd_sum_is_refused(needs_products: None) -> None:
+    with pytest.raises(ValueError, match="must be even, found 65"):
+        matmul.gradient_of_input(bf16(40, 65), bf16(65, 64))
 
 
 def layers_and_input() -> tuple[list[Linear], torch.Tensor]:
