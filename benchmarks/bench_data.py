@@ -87,7 +87,7 @@ def ours(uri: str, tok: Any, num_bytes: int) -> dict[str, float]:
     from nanochat.data.loader import _pack
     from nanochat.data.pack import CropPacker
     from nanochat.data.sources import open_source
-    from nanochat.paths import Home
+    from nanochat.home import Home
     from nanochat.runtime import Runtime
 
     source = open_source(uri, home=Home.find(), seed=1)
@@ -119,7 +119,7 @@ def wait(uri: str, tok: Any, steps: int) -> dict[str, float]:
     from nanochat.data.loader import DocumentBatches
     from nanochat.data.sources import open_source
     from nanochat.gpt import GPT, GPTConfig
-    from nanochat.paths import Home
+    from nanochat.home import Home
     from nanochat.train.loop import Rates, TrainState, fit
 
     rt = runtime.start()
@@ -152,7 +152,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> Path:
     from nanochat.data.files import FileSource
     from nanochat.data.sources import open_source
     from nanochat.data.tokens import write_shards
-    from nanochat.paths import Home
+    from nanochat.home import Home
     from nanochat.tokenizer import RustBPETokenizer
 
     directory = (

@@ -37,17 +37,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bench_train import record_path
 
-import nanochat.engine.batch as batch_module
-from nanochat import chat, scaling
-from nanochat.data.synthetic import chats
-from nanochat.data.synthetic import documents as synthetic
-from nanochat.engine.batch import AHEAD, Batch
+import nanochat.engine.continuous_batch as batch_module
+from nanochat import chat_format as chat
+from nanochat import scaling
+from nanochat.corpus import chats
+from nanochat.corpus import documents as synthetic
+from nanochat.engine.continuous_batch import AHEAD, Batch
 from nanochat.engine.engine import Sampling
 from nanochat.engine.kv_cache import KVCache
-from nanochat.engine.native_step import kv_dtype
 from nanochat.engine.network import FusedNetwork, cpu_dtype
 from nanochat.engine.sequence import Generation
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.kernels.decode import kv_dtype
 
 FLOORS = {"decode": 3.0, "mixed": 15.0, "bandwidth": 0.55}  # times the plain loop that casts; share
 NUM_REQUESTS = 32

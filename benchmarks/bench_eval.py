@@ -35,15 +35,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bench_engine import model_of, plain_loop
 from bench_train import record_path
 
-from nanochat import models
+from nanochat import load as models
 from nanochat.engine import Engine
 from nanochat.eval import core
 from nanochat.eval.branches import score_examples
 from nanochat.eval.chat import write_answers
 from nanochat.eval.rows import score_endings
-from nanochat.paths import Home
+from nanochat.home import Home
 from nanochat.runtime import Runtime
-from tasks.measured import open_tasks
+from tasks.eval_tasks import open_tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 CLAIMS = {"generate": 10.0, "whole": 120.0}  # times one prompt at a time; seconds at most

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from nanochat import hardware, models, runtime, scaling
+from nanochat import hardware, runtime, scaling
+from nanochat import load as models
 from nanochat.flash_attention import explain
 from nanochat.gpt import GPTConfig
 from nanochat.train import speed

@@ -26,10 +26,11 @@ RL = ("--preset=cpu-demo", "--task=arithmetic", "--eval-every=0", "--save-every=
 
 def answers(home: str, tag: str, stage: str, size: int) -> dict[str, list[bool]]:
     """Whether each held-out question is answered right, by set."""
-    from nanochat import models, runtime
+    from nanochat import load as models
+    from nanochat import runtime
     from nanochat.engine import Engine
     from nanochat.eval.chat import evaluate_task
-    from nanochat.paths import Home
+    from nanochat.home import Home
     from tasks.reinforce import HeldOutSums
 
     rt = runtime.start("cpu", "float32")

@@ -38,9 +38,9 @@ import sys
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.web.server import create_app
-from nanochat.web.door import listen
-from nanochat.web.serving import make_server, settle
+from nanochat.server.app import create_app
+from nanochat.server.door import listen
+from nanochat.server.serving import make_server, settle
 depth, rows, waiting = map(int, sys.argv[1:4])
 tok = RustBPETokenizer.train_from_iterator(["the sky is blue, the grass is green "] * 9, 300)
 heads = max(1, depth // 2)

@@ -38,8 +38,9 @@ def measure(depth: str, dtype_name: str, variant: str) -> dict[str, float | int 
     start = time.perf_counter()
     import torch
 
-    from nanochat import hardware, native, runtime, scaling
+    from nanochat import hardware, runtime, scaling
     from nanochat.gpt import GPT, GPTConfig
+    from nanochat.kernels import build as native
 
     runtime.start("cpu", dtype_name)
     dtype, shape = getattr(torch, dtype_name), DEMO if depth == "demo" else SHAPE
@@ -108,7 +109,7 @@ def plain(
     import torch
     from plain_loop import PlainOptimizer, loss_of
 
-    from nanochat.fused import rope_tables
+    from nanochat.kernels.elementwise import rope_tables
 
     size = model.config.n_embd // model.config.n_head
     rope = rope_tables(torch.arange(ids.shape[1] - 1), size, model.compute_dtype)

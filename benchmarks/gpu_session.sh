@@ -27,7 +27,7 @@ part() { # part SECONDS NAME COMMAND...
 }
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-part 110 tests "$python" -m pytest -q -m gpu tests/gpu tests/test_engine_graphs.py
+part 110 tests "$python" -m pytest -q -m gpu tests/gpu tests/engine/test_cuda_graphs.py
 part 50 attention "$python" -m benchmarks.bench_attention --dtypes=bfloat16 --repeats=10 --csv="$out/$day-attention.csv"
 part 80 train-d12 "$python" -m benchmarks.bench_gpu --depth=12 --csv="$out/$day-train-d12.csv"
 [ -s "$out/$day-train-d12.csv" ] || part 50 train-d12-eager "$python" -m benchmarks.bench_gpu --depth=12 --speed= --csv="$out/$day-train-d12-eager.csv"

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.linear import Embedding
+from nanochat.kernels.linear import Embedding
 
 PRIME = 2**31 - 1
 FACTORS = (1_640_531_513, 805_459_861)  # (FACTORS . pair) mod PRIME: one of a universal family of hashes

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat.bigram import BigramEmbedding, previous
-from nanochat.cross_entropy import CHUNK_LOGITS, softcap, weighted_nll
 from nanochat.flash_attention import flash_attn
-from nanochat.fused import mix, norm, rope_tables, rotate_norm
-from nanochat.linear import Embedding, Linear, linear_plus, linears, mlp_plus
+from nanochat.kernels.elementwise import mix, norm, rope_tables, rotate_norm
+from nanochat.kernels.linear import Embedding, Linear, linear_plus, linears, mlp_plus
+from nanochat.kernels.loss import CHUNK_LOGITS, softcap, weighted_nll
 from nanochat.scaling import flops_per_token, windows
 
 QK_SCALE = 1.2

@@ -17,10 +17,10 @@ from typing import Any, overload
 
 import numpy as np
 
-from nanochat import chat
-from nanochat.chat import SPECIAL_TOKENS
+from nanochat import chat_format as chat
+from nanochat.chat_format import SPECIAL_TOKENS
 from nanochat.errors import UserError
-from nanochat.paths import read_json, write_json
+from nanochat.home import read_json, write_json
 
 # GPT-4's pattern, except that numbers are cut into two digits instead of three: better at small vocabularies.
 SPLIT_PATTERN = (
@@ -265,11 +265,11 @@ class RustBPETokenizer:
     def render_conversation(
         self, conversation: chat.Conversation, max_tokens: int | None = 2048
     ) -> tuple[list[int], list[int]]:
-        """(ids, mask): see nanochat.chat."""
+        """(ids, mask): see nanochat.chat_format."""
         return chat.render(conversation, self, max_tokens)
 
     def render_for_completion(self, conversation: chat.Conversation) -> list[int]:
-        """The ids to continue with an answer: see nanochat.chat."""
+        """The ids to continue with an answer: see nanochat.chat_format."""
         return chat.render_for_completion(conversation, self)
 
     def visualize_tokenization(

@@ -13,17 +13,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat import config, errors, models, runtime
+from nanochat import config, errors, runtime
+from nanochat import load as models
 from nanochat.config import setting
 from nanochat.data.loader import validation_batches
 from nanochat.data.sources import open_source
 from nanochat.engine import Engine
-from nanochat.engine.text import answer_of
+from nanochat.engine.detokenizer import answer_of
 from nanochat.eval import core
 from nanochat.eval.bpb import evaluate_bpb
-from nanochat.paths import Home
-from nanochat.train.progress import Bar
-from nanochat.train.stage import open_stage
+from nanochat.home import Home
+from nanochat.progress import Bar
+from nanochat.run_dir import open_stage
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from nanochat import config, errors, models, runtime, scaling
+from nanochat import config, errors, runtime, scaling
+from nanochat import load as models
 from nanochat.config import setting
 from nanochat.data.loader import DocumentBatches, validation_batches
-from nanochat.data.primer import Primed
 from nanochat.data.sources import open_source
+from nanochat.data.warmup import Primed
 from nanochat.eval.bpb import evaluate_bpb
 from nanochat.gpt import GPTConfig
+from nanochat.home import Home
 from nanochat.optim.groups import LM_HEAD_EPS
-from nanochat.paths import Home
+from nanochat.run_dir import open_stage
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.hooks import evaluation, samples
 from nanochat.train.loop import pretraining_rates
-from nanochat.train.run import run_stage
-from nanochat.train.stage import open_stage
+from nanochat.train.stages import run_stage
 from tasks.mixtures import primer
 
 

@@ -13,10 +13,10 @@ import sys
 from dataclasses import dataclass
 
 from nanochat import config, errors
+from nanochat.chat_ui.session import COMMANDS, Session, open_engine
+from nanochat.chat_ui.terminal import answer, converse, history_file, reader, speaker
 from nanochat.config import setting
-from nanochat.engine.session import COMMANDS, Session, open_engine
-from nanochat.engine.terminal import answer, converse, history_file, reader, speaker
-from nanochat.paths import Home
+from nanochat.home import Home
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nanochat import config, errors, runtime
 from nanochat.config import setting
-from nanochat.train.preference import prefer
+from nanochat.train.dpo import prefer
 from tasks.preferences import read_pairs
 
 

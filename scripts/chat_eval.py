@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nanochat import checkpoint, config, errors, models, runtime
+from nanochat import checkpoint, config, errors, runtime
+from nanochat import load as models
 from nanochat.config import setting
 from nanochat.engine import Engine
 from nanochat.eval.chat import chat_core, evaluate_task
-from nanochat.paths import Home, write_text
-from nanochat.train.stage import open_stage
-from tasks.measured import add_sandbox, open_tasks
+from nanochat.home import Home, write_text
+from nanochat.run_dir import open_stage
+from tasks.eval_tasks import add_sandbox, open_tasks
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from nanochat import config, errors, runtime
 from nanochat.config import setting
-from nanochat.paths import Home
-from nanochat.train.reinforce import plan_of, reinforce
+from nanochat.home import Home
+from nanochat.train.rl import plan_of, reinforce
 from tasks.reinforce import goal
 
 

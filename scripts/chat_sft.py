@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 from nanochat import config, errors, runtime
 from nanochat.config import setting
+from nanochat.home import Home
 from nanochat.optim.schedule import linear_to_zero, post_training_momentum
-from nanochat.paths import Home
+from nanochat.train.finetune import Recipe, tune
 from nanochat.train.loop import Rates
-from nanochat.train.tune import Recipe, tune
 from tasks.base import Task
-from tasks.chosen import open_chosen
 from tasks.custom import CustomJSON
 from tasks.mixtures import mixture
+from tasks.train_tasks import open_chosen
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,9 @@ class Settings:
     tag: str = setting("main", "name of the run")
     seed: int = setting(1, "seed of the mixture and its order")
     mixture: str = setting("speedrun", "which mixture: smoke, cpu-demo, single-gpu or speedrun")
-    tasks: str | None = setting(None, "tasks for the mixture, such as 4xgsm8k,arc_easy (tasks/chosen.py)")
+    tasks: str | None = setting(
+        None, "tasks for the mixture, such as 4xgsm8k,arc_easy (tasks/train_tasks.py)"
+    )
     data: str | None = setting(None, "your own conversations (JSONL, see tasks/custom.py) for the mixture")
     parent: str | None = setting(
         None, "STAGE or TAG:STAGE to start from (default: this run's mid, else base)"

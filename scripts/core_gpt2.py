@@ -13,7 +13,7 @@ from pathlib import Path
 from nanochat import config, errors, runtime
 from nanochat.config import setting
 from nanochat.eval import core, gpt2
-from nanochat.paths import Home
+from nanochat.home import Home
 
 
 @dataclass(frozen=True)

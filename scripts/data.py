@@ -15,11 +15,11 @@ import numpy as np
 
 from nanochat import config, errors
 from nanochat.config import setting
-from nanochat.data import hub
+from nanochat.data.download import hub
 from nanochat.data.pack import POLICIES, CropPacker
 from nanochat.data.sources import FileSource, Source, open_source
 from nanochat.errors import UserError
-from nanochat.paths import Home
+from nanochat.home import Home
 from nanochat.tokenizer import RustBPETokenizer
 
 

@@ -18,7 +18,7 @@ from nanochat import checkpoint, config, errors
 from nanochat.config import setting
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.paths import Home
+from nanochat.home import Home
 from nanochat.tokenizer import RustBPETokenizer
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from nanochat import checkpoint, config, errors
 from nanochat.config import setting
 from nanochat.errors import UserError
+from nanochat.home import Home
 from nanochat.lora import adapters_of, is_adapted, merge
-from nanochat.paths import Home
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from nanochat import config, errors, runtime
 from nanochat.config import setting
+from nanochat.home import Home
 from nanochat.optim.schedule import linear_to_zero, post_training_momentum
-from nanochat.paths import Home
+from nanochat.train.finetune import Recipe, tune
 from nanochat.train.loop import Rates
-from nanochat.train.tune import Recipe, tune
-from tasks.chosen import open_chosen
 from tasks.mixtures import mixture
+from tasks.train_tasks import open_chosen
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,9 @@ class Settings:
     tag: str = setting("main", "name of the run")
     seed: int = setting(1, "seed of the mixture and its order")
     mixture: str = setting("speedrun", "which mixture: smoke, cpu-demo, single-gpu or speedrun")
-    tasks: str | None = setting(None, "tasks for the mixture, such as 4xgsm8k,arc_easy (tasks/chosen.py)")
+    tasks: str | None = setting(
+        None, "tasks for the mixture, such as 4xgsm8k,arc_easy (tasks/train_tasks.py)"
+    )
     epochs: float = setting(1.0, "passes over the mixture")
     batch_tokens: int | None = setting(None, "tokens per optimizer step (default: the base run's)")
     device_batch: int = setting(32, "rows per forward pass on one device")

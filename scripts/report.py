@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from nanochat import config, errors
 from nanochat.config import setting
-from nanochat.paths import Home, write_text
+from nanochat.home import Home, write_text
 from nanochat.report import answers, page, plots
 from nanochat.report.compare import compare, difference_table, summary_csv
 from nanochat.report.facts import Facts, read_facts

@@ -18,10 +18,10 @@ from nanochat import config, errors
 from nanochat.config import setting
 from nanochat.data.sources import open_source
 from nanochat.eval.tokenizers import ENGINES, num_bytes, plot, speed, table
-from nanochat.paths import Home
+from nanochat.home import Home
+from nanochat.run_dir import open_stage
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.train.stage import open_stage
 
 OTHERS = ("gpt2", "cl100k_base")
 SAMPLES = {

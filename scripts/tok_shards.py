@@ -16,7 +16,7 @@ from nanochat.data.files import FileSource
 from nanochat.data.sources import open_source
 from nanochat.data.tokens import TOKENS_FILE, read_facts, write_shards
 from nanochat.errors import UserError
-from nanochat.paths import Home
+from nanochat.home import Home
 from nanochat.tokenizer import RustBPETokenizer
 
 

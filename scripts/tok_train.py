@@ -19,11 +19,11 @@ import torch
 from nanochat import config, errors, scaling
 from nanochat.config import setting
 from nanochat.data.sources import Source, open_source
-from nanochat.paths import Home
+from nanochat.home import Home
+from nanochat.progress import Bar
+from nanochat.run_dir import open_stage
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import FILE_NAME, RustBPETokenizer
-from nanochat.train.progress import Bar
-from nanochat.train.stage import open_stage
 
 CHECK_CHARS = 1_000_000  # of validation text, on which compression is measured
 

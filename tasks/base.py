@@ -11,8 +11,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
-from nanochat.chat import Conversation, text_of
-from nanochat.data.synthetic.choices import render_multiple_choice
+from nanochat.chat_format import Conversation, text_of
+from nanochat.corpus.choices import render_multiple_choice
 
 __all__ = ["Conversation", "Curriculum", "Mixture", "Task", "render_multiple_choice"]
 

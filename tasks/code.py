@@ -7,12 +7,12 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from nanochat.paths import Home
+from nanochat.home import Home
 from nanochat.sandbox import Sandbox
 from nanochat.sandbox.process import Limits
 from nanochat.sandbox.sandbox import Job
 from tasks.base import Conversation
-from tasks.rows import HubTask
+from tasks.hub_task import HubTask
 
 FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", re.S | re.I)
 LIMITS = Limits(wall_seconds=10.0, cpu_seconds=4)  # a busy machine may take longer than the program

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from nanochat.paths import Home
+from nanochat.home import Home
 from tasks.base import Conversation
-from tasks.rows import HubTask
+from tasks.hub_task import HubTask
 
 CALL = re.compile(r"<<([^<>]*)>>")
 ANSWER = re.compile(r"#### (-?[0-9.,]+)")

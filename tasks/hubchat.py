@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.errors import UserError
-from nanochat.paths import Home
+from nanochat.home import Home
 from tasks.base import Conversation, Task
 from tasks.custom import check_messages, read_lines
-from tasks.rows import column_names, read_rows
+from tasks.hub_task import column_names, read_rows
 
 COLUMN = "messages"
 SUFFIXES = (".parquet", ".jsonl")  # the first that the data set has files of
@@ -82,7 +82,7 @@ class HubChat(Task):
 
     @cached_property
     def _files(self) -> list[Path]:
-        from nanochat.data.hub import fetch, list_shards, verify
+        from nanochat.data.download.hub import fetch, list_shards, verify
 
         repo, entries = list_shards(f"{self.repo}:*", self.home)
         try:

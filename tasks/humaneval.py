@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from nanochat.paths import Home
+from nanochat.home import Home
 from nanochat.sandbox.sandbox import Job
 from tasks.base import Conversation
 from tasks.code import CodeTask, code_of

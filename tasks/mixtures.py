@@ -7,7 +7,7 @@ numbers of rows that were found to work (docs/decisions.md).
 from __future__ import annotations
 
 from nanochat.errors import UserError
-from nanochat.paths import Home
+from nanochat.home import Home
 from tasks.base import Curriculum, Mixture, Task
 from tasks.gsm8k import GSM8K
 from tasks.mmlu import MMLU
@@ -109,6 +109,6 @@ def hub_mixture(stage: str, seed: int = 42, home: Home | None = None) -> Mixture
 
 def english_words(home: Home | None = None) -> list[str]:
     """The word list of the spelling tasks, fetched if need be."""
-    from nanochat.data.hub import plain_file
+    from nanochat.data.download.hub import plain_file
 
     return plain_file("words/words_alpha.txt", home=home).read_text(encoding="ascii").split()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from nanochat.paths import Home
+from nanochat.home import Home
 from tasks.base import Conversation, render_multiple_choice
-from tasks.rows import HubTask
+from tasks.hub_task import HubTask
 
 LETTERS = ["A", "B", "C", "D"]
 

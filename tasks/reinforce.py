@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from nanochat.data.synthetic import conversation
-from nanochat.data.synthetic.heldout import as_conversation
-from nanochat.data.synthetic.numbers import question
-from nanochat.data.synthetic.rng import Rng, mix_text
+from nanochat.corpus import conversation
+from nanochat.corpus.heldout import as_conversation
+from nanochat.corpus.numbers import question
+from nanochat.corpus.rng import Rng, mix_text
 from nanochat.errors import UserError
-from nanochat.paths import Home
+from nanochat.home import Home
 from nanochat.sandbox import Sandbox
 from tasks.base import Conversation, Task, reference
 from tasks.code import LIMITS

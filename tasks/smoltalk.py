@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from nanochat.paths import Home
+from nanochat.home import Home
 from tasks.base import Conversation
 from tasks.custom import check_messages
-from tasks.rows import HubTask
+from tasks.hub_task import HubTask
 
 
 class SmolTalk(HubTask):

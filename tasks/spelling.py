@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nanochat.chat import text_of
-from nanochat.data.synthetic.chats import tool_answer
-from nanochat.data.synthetic.rng import Rng
+from nanochat.chat_format import text_of
+from nanochat.corpus.chats import tool_answer
+from nanochat.corpus.rng import Rng
 from tasks.base import Conversation, Task
 from tasks.gsm8k import final_answer
 

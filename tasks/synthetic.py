@@ -10,9 +10,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
 
-from nanochat.data.synthetic import conversation
-from nanochat.data.synthetic.chats import messages
-from nanochat.data.synthetic.heldout import as_conversation, heldout_sets
+from nanochat.corpus import conversation
+from nanochat.corpus.chats import messages
+from nanochat.corpus.heldout import as_conversation, heldout_sets
 from tasks.base import Conversation, Task
 
 WORD = re.compile(r"[^\W_]+")
@@ -20,7 +20,7 @@ NUMBER = re.compile(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?")
 
 
 class SyntheticChat(Task):
-    """`size` training conversations of one kind (nanochat.data.synthetic.KINDS)."""
+    """`size` training conversations of one kind (nanochat.corpus.KINDS)."""
 
     def __init__(self, kind: str, size: int, seed: int = 42, **slice_: Any):
         super().__init__(**slice_)

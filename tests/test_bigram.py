@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_engine import Bytes
+from helpers.engine_cases import Bytes
 
 from nanochat import scaling
 from nanochat.bigram import BigramEmbedding, previous, slots

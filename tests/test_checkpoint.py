@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoint_faults import FaultyOS, content, load, power_cuts, save, storage_os
+from helpers.checkpoint_faults import FaultyOS, content, load, power_cuts, save, storage_os
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -439,7 +439,9 @@ def child_process(*arguments: str) -> str:
 
 def kills(count: int, what: str = "kills") -> dict[str, int]:
     return json.loads(
-        child_process(str(Path(__file__).with_name("checkpoint_faults.py")), what, "--count", str(count))
+        child_process(
+            str(Path(__file__).with_name("helpers") / "checkpoint_faults.py"), what, "--count", str(count)
+        )
     )
 
 

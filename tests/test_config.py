@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from nanochat import config
 from nanochat.config import setting
 from nanochat.errors import UserError
-from nanochat.paths import write_json
+from nanochat.home import write_json
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat import fused, scaling
-from nanochat.cross_entropy import SOFTCAP, softcap, weighted_nll
+from nanochat import scaling
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.kernels import elementwise as fused
+from nanochat.kernels.loss import SOFTCAP, softcap, weighted_nll
 
 CONFIG = GPTConfig(
     sequence_len=64, vocab_size=300, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SL"

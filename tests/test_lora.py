@@ -8,15 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_home import save_model
+from helpers.small_home import save_model
 
-from nanochat import checkpoint, models
+from nanochat import checkpoint
+from nanochat import load as models
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.home import Home, read_json
 from nanochat.lora import adapters_of, add_adapters, is_adapted, merge
-from nanochat.paths import Home, read_json
 from nanochat.runtime import Runtime
-from nanochat.train.keep import model_arrays
+from nanochat.train.checkpointing import model_arrays
 from scripts import chat_sft, lora
 
 RT = Runtime(torch.device("cpu"), torch.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nanochat.train import progress
+from nanochat import progress
 
 
 def test_plain_lines_come_seldom_and_the_last_one_always(

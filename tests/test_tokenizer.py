@@ -16,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rustbpe
-from nanochat import chat, tokenizer
+from nanochat import chat_format as chat
+from nanochat import tokenizer
 from nanochat.data.sources import open_source
 from nanochat.errors import UserError
-from nanochat.paths import Home, read_json
+from nanochat.home import Home, read_json
 from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
 from scripts import tok_eval, tok_shards, tok_train
 

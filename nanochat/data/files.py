@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nanochat.data.blocks import VAL_PERCENT, Block, Cursor, raw, runs, validation_mask, written
+from nanochat.data.documents import VAL_PERCENT, Block, Cursor, raw, runs, validation_mask, written
 from nanochat.errors import UserError
 
 DAMAGED = ("stop", "skip")

@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from nanochat.data.blocks import to_arrow
+from nanochat.data.documents import to_arrow
+from nanochat.data.download.manifest import parquet_metadata
 from nanochat.data.files import Chunk, Damaged
-from nanochat.data.manifest import parquet_metadata
 from nanochat.errors import UserError
 
 CHUNK_BYTES = 1 << 20

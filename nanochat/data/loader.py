@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanochat.data.blocks import Block, Cursor
+from nanochat.data.documents import Block, Cursor
 from nanochat.data.pack import CropPacker, cut_conversation, plan_whole
 from nanochat.data.sources import Source
 from nanochat.errors import UserError

@@ -21,15 +21,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nanochat.data import hub
-from nanochat.data.blocks import Block, Cursor, in_blocks
+from nanochat.data.documents import Block, Cursor, in_blocks
+from nanochat.data.download import hub
+from nanochat.data.download.manifest import MANIFEST, Entry, read_manifest, verified
+from nanochat.data.download.stream import ShardStream
 from nanochat.data.files import Chunk, FileSource, LocalShards, check_cursor, digest
 from nanochat.data.formats import parquet_chunks, read_blocks, read_file, read_group, read_lines, scan
-from nanochat.data.manifest import MANIFEST, Entry, read_manifest, verified
-from nanochat.data.stream import ShardStream
 from nanochat.data.tokens import read_facts
 from nanochat.errors import UserError
-from nanochat.paths import Home
+from nanochat.home import Home
 
 NUM_SYNTHETIC_VAL = 1 << 16  # indices below are validation, all others training
 TEXT_SUFFIXES = (".txt", ".md")
@@ -88,7 +88,7 @@ class SyntheticSource:
     tokenizer: str | None = None
 
     def __init__(self, seed: int) -> None:
-        from nanochat.data.synthetic import document
+        from nanochat.corpus import document
 
         self._document = lambda index: document(seed, index)
         # of the first documents too, so that a change of the generator is noticed

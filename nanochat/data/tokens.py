@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from nanochat.data.blocks import raw, runs
-from nanochat.data.fetch import hash_file, publish
+from nanochat.data.documents import raw, runs
+from nanochat.data.download.manifest import Entry, verified
+from nanochat.data.download.transfer import hash_file, publish
 from nanochat.data.files import FileSource
-from nanochat.data.manifest import Entry, verified
 from nanochat.errors import UserError
-from nanochat.paths import read_json, write_json
+from nanochat.home import read_json, write_json
 
 TOKENS_FILE, FORMAT = "tokens.json", 1
 

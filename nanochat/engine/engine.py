@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from nanochat import chat
-from nanochat.engine.batch import Batch, PlainBatch
+from nanochat import chat_format as chat
+from nanochat.engine.calculator import ToolState
+from nanochat.engine.continuous_batch import Batch, PlainBatch
+from nanochat.engine.detokenizer import TextStop
 from nanochat.engine.network import Network, network_of
 from nanochat.engine.sampling import Sampling
 from nanochat.engine.sequence import Generation
-from nanochat.engine.text import TextStop
-from nanochat.engine.tools import ToolState
 
 __all__ = ["Batch", "Completion", "Engine", "Generation", "Sampling"]
 

@@ -91,7 +91,7 @@ class KVCache:
 class PagedCache:
     """Keys and values in blocks: kv[group] (layers, blocks * block_size, 2K, E), keys first, zeros at first.
 
-    Which block belongs to whom is decided elsewhere (nanochat.engine.blocks).
+    Which block belongs to whom is decided elsewhere (nanochat.engine.block_manager).
     """
 
     def __init__(

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from nanochat import hardware
 from nanochat.bigram import look_up
-from nanochat.cross_entropy import softcap
-from nanochat.engine import native_step
-from nanochat.fused import inverse_rms, rope_tables
 from nanochat.gpt import GPT, QK_SCALE, SMEAR_CHANNELS, VE_GATE_CHANNELS, Embedding
+from nanochat.kernels import decode as native_step
+from nanochat.kernels.elementwise import inverse_rms, rope_tables
+from nanochat.kernels.loss import softcap
 
 # (layer, q (N, H, E), keys and values (N, 2K, E)) -> (N, H, E)
 Attend = Callable[[int, Tensor, Tensor], Tensor]

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nanochat.engine.blocks import BlockManager, Copy
+from nanochat.engine.block_manager import BlockManager, Copy
 from nanochat.engine.sequence import Generation
 
 TOKEN_BUDGET = 2048

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from nanochat.engine.lookup import Lookup
+from nanochat.engine.speculate import Lookup
 
 TokenLogprob = tuple[float, list[tuple[int, float]]]
 

@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nanochat.chat import text_of
+from nanochat.chat_format import text_of
 from nanochat.engine import Engine
-from nanochat.engine.text import answer_of
+from nanochat.engine.detokenizer import answer_of
 from nanochat.eval.passk import bootstrap, pass_at_k, powers_up_to
 from nanochat.eval.rows import batch_tokens_for, last_logits
 from nanochat.runtime import Runtime

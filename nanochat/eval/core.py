@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat.data.fetch import hash_file
-from nanochat.data.hub import plain_file
+from nanochat.data.download.hub import plain_file
+from nanochat.data.download.transfer import hash_file
 from nanochat.errors import UserError
 from nanochat.eval.branches import common_length, score_examples
 from nanochat.eval.rows import Row, batch_tokens_for
-from nanochat.paths import Home, read_json, write_json
+from nanochat.home import Home, read_json, write_json
 from nanochat.runtime import Runtime
 
 RECORD_SEED, SHOT_SEED = 1337, 1234

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nanochat.engine import Engine
-from nanochat.engine.text import StopFilter
+from nanochat.engine.detokenizer import StopFilter
 from nanochat.eval.rows import batch_tokens_for, score_endings
 
 MAX_NEW = 256

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nanochat import native
 from nanochat.flash_attention import tiles
 from nanochat.flash_attention.intervals import Docs
+from nanochat.kernels import build as native
 
 CHUNK = 128  # queries
 KEEP_BYTES = 64 << 20  # of P in one call

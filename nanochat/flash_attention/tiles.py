@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nanochat import native
 from nanochat.flash_attention.intervals import Docs, intervals
+from nanochat.kernels import build as native
 
 
 def suits(q: Tensor) -> bool:

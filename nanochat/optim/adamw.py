@@ -30,4 +30,6 @@ def adamw_(
     beta1, beta2 = betas
     rates = {"beta1": beta1, "beta2": beta2, "lr": lr, "weight_decay": weight_decay, "eps": eps}
     adamw(params, grads, exp_avgs, exp_avg_sqs, [], steps, **on_or_off, **rates)  # type: ignore[arg-type]
-    torch.autograd.graph.increment_version(params)  # the fused kernel does not; nanochat.linear looks at it
+    torch.autograd.graph.increment_version(
+        params
+    )  # the fused kernel does not; nanochat.kernels.linear looks at it

@@ -8,7 +8,8 @@ lines serve everything else.
 
 import torch
 
-from nanochat import matmul, native
+from nanochat.kernels import build as native
+from nanochat.kernels import matmul
 
 # Polar Express (arXiv 2505.16932): X ← αX + (βA+γA²)X, five steps.
 POLAR_EXPRESS = (
@@ -160,4 +161,4 @@ def _native(
     scale = unit_scale(sum_sq, R, C, second_nL, beta2).contiguous()
     for x, factors, weight in zip(X_nRC, scale, weights):
         native.call("muon_update", x, factors, weight, R, C, *rates, by_column, is_half)
-    torch.autograd.graph.increment_version(weights)  # casts are made anew by it (nanochat.linear)
+    torch.autograd.graph.increment_version(weights)  # casts are made anew by it (nanochat.kernels.linear)

@@ -12,7 +12,7 @@ from html import escape
 from typing import Any
 
 from nanochat.errors import UserError
-from nanochat.paths import Home
+from nanochat.home import Home
 from nanochat.report.facts import TRAINED, Facts
 from nanochat.report.html import STYLE, without_marks
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanochat.errors import UserError
-from nanochat.paths import Home, read_json
+from nanochat.home import Home, read_json
 from nanochat.train.log import read_metrics
 
 TRAINED = ("base", "mid", "sft", "dpo", "rl")  # columns of the summary

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from nanochat import chat
+from nanochat import chat_format as chat
 from nanochat.report import page
 from nanochat.report.charts import Bars, Line, bar_chart, line_chart
 from nanochat.report.facts import TRAINED, Facts, StageFacts

@@ -29,7 +29,7 @@ from nanochat.optim.schedule import (
     weight_decay_factor,
 )
 from nanochat.runtime import Runtime
-from nanochat.train.gate import Gate, LossScale
+from nanochat.train.guards import Gate, LossScale
 from nanochat.train.watch import Watch
 
 MAX_EMPTY_STEPS = 10  # steps in a row without a target (SFT, RL) before it is an error

@@ -20,7 +20,7 @@ import torch
 
 from nanochat.data.loader import IGNORED, Batch
 from nanochat.engine import Completion, Engine
-from nanochat.engine.text import answer_of
+from nanochat.engine.detokenizer import answer_of
 from nanochat.runtime import Runtime
 from nanochat.train.policy import advantages, kl_estimate, log_probs, token_weights
 

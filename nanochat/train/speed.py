@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from nanochat import fp8
 from nanochat.errors import UserError
+from nanochat.kernels import fp8
 from nanochat.runtime import Runtime
 
 KINDS = ("compile", "checkpoint", "fp8", "gather")

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chain_server import TOK, Client
-from script_model import Script
+from helpers.chain_server import TOK, Client
+from helpers.script_model import Script
 
 from nanochat.engine import Engine
-from nanochat.web.server import create_app
+from nanochat.server.app import create_app
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="not run: the package playwright is not installed"

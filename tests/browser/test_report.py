@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from nanochat.paths import Home, write_json
+from nanochat.home import Home, write_json
 from scripts import report
 
 playwright = pytest.importorskip(

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_home import save_model
-from test_chat_rl import Short
+from helpers.small_home import save_model
+from helpers.rl_cases import Short
 
-from nanochat.paths import Home
+from nanochat.home import Home
 from nanochat.train.log import read_metrics
 from scripts import chat_dpo, chat_rl
 from tasks.reinforce import Goal
@@ -24,7 +24,7 @@ COMMON = ["--preset=smoke", "--device=cpu", "--dtype=float32", "--keep=9"]
 PROGRAM = """
 from nanochat import errors
 from scripts import chat_rl
-from test_chat_rl import Short
+from helpers.rl_cases import Short
 from tasks.reinforce import Goal
 chat_rl.goal = lambda *args, **more: Goal(Short(7), {"short": Short(5)})
 raise SystemExit(errors.run(chat_rl.main))

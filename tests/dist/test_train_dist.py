@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.data.synthetic import document
-from nanochat.paths import Home
+from nanochat.corpus import document
+from nanochat.home import Home
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.log import read_metrics
 from scripts import base_train

@@ -15,8 +15,8 @@ import torch
 
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from nanochat.data.synthetic import document
-    from nanochat.paths import Home
+    from nanochat.corpus import document
+    from nanochat.home import Home
     from nanochat.tokenizer import RustBPETokenizer
     from nanochat.train.log import read_metrics
     from scripts import base_train

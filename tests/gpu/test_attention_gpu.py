@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import CACHE_STORIES, HEADS, WINDOWS, check_cache, check_training, inputs
+from helpers.attention_cases import CACHE_STORIES, HEADS, WINDOWS, check_cache, check_training, inputs
 
 import nanochat.flash_attention as fa
 from nanochat.flash_attention import flash_attn, sdpa, select

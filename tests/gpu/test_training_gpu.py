@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat import fp8, scaling, triton_loss
-from nanochat.cross_entropy import softcap, weighted_nll
+from nanochat import scaling
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.linear import Linear
+from nanochat.kernels import fp8, triton_loss
+from nanochat.kernels.linear import Linear
+from nanochat.kernels.loss import softcap, weighted_nll
 from nanochat.runtime import Runtime
 from nanochat.train import speed
 

@@ -1,0 +1,1 @@
+"""The conversation on a terminal: its state (session) and its screen (terminal)."""

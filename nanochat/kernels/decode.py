@@ -1,0 +1,237 @@
+"""Tokens through a FusedNetwork in one call of decode.c, on CPUs with a compiler.
+
+In PyTorch a step of one token is a hundred small operations a layer beside four matrices. Here it is one pass
+over each matrix: no copies, no masks, no gathered keys. What cannot be run here (no compiler, a GPU, many
+tokens without AVX512) goes through network.py, which is the oracle. native._override = False turns it off.
+Letters: N tokens, D width, H query heads, K key/value heads, E head size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nanochat import hardware
+from nanochat.bigram import look_up
+from nanochat.gpt import QK_SCALE, SMEAR_CHANNELS, VE_GATE_CHANNELS
+from nanochat.kernels import build as native
+from nanochat.kernels.elementwise import NORM_EPS, rope_tables
+
+if TYPE_CHECKING:
+    from nanochat.engine.network import FusedNetwork, Matrix
+
+SOURCE, HEADER = (native.C_FOLDER / name for name in ("decode.c", "products.h"))
+SIGNATURES = {"multiply": "pplpi", "step": "ppppppplllpp", "tiles": "p"}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+# Tokens in one call at most. Beyond, PyTorch's products win where decode.c has no tiles; int8 would have to
+# be widened for them. With AMX, which tiles do without, they win later; that number is not measured.
+MOST, MOST_INT8, MOST_SMALL, MOST_AMX, ANY = 4, 8, 16, 32, 1 << 40
+SMALL_BYTES = 8 << 20  # of all matrices: in the caches, and small calls are what takes time
+ONE_THREAD_BYTES = 1 << 20  # a second thread gains less than meeting it costs
+MANY = 16  # tokens; for so many it gains again
+
+HUGE_BYTES = 4 << 20  # from this size on a matrix has pages of its own
+
+_P, _L, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class CMatrix(ctypes.Structure):
+    _fields_ = [("data", _P), ("scale", _P), ("kind", _L), ("rows", _L), ("cols", _L)]
+
+
+class CLayer(ctypes.Structure):
+    _fields_ = [
+        *((name, CMatrix) for name in ("qkv", "proj", "fc", "out")),
+        *((name, _P) for name in ("gate", "values", "kv")),
+        *((name, _L) for name in ("group", "window")),
+        *((name, _F) for name in ("a", "b")),
+    ]
+
+
+class CNet(ctypes.Structure):
+    _fields_ = [
+        *((name, _P) for name in ("layers", "embedding", "smear_gate", "cos", "sin")),
+        *((name, _L) for name in ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp")),
+        *((name, _L) for name in ("smear_channels", "gate_channels", "tables_half", "block_size", "threads")),
+        *((name, _L) for name in ("middle", "kv_kind")),
+        *((name, _F) for name in ("smear", "backout", "qk_scale", "eps")),
+    ]
+
+
+@cache
+def _build() -> ctypes.CDLL | None:
+    return native.build((SOURCE,), SIGNATURES, (HEADER,))[0]
+
+
+def library() -> ctypes.CDLL | None:
+    """decode.c loaded, or None where it cannot be built or native._override says no."""
+    return None if native._override is False else _build()
+
+
+def in_huge_pages(matrix: Tensor) -> Tensor:
+    """A contiguous copy to be read from end to end, in pages of 2 MB where Linux grants them: 20
+    against 16 GB/s of bf16 weights on one core of an AMD EPYC beside other work.
+    """
+    if matrix.nbytes < HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return matrix.clone(memory_format=torch.contiguous_format)
+    memory = mmap.mmap(-1, matrix.nbytes)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=matrix.dtype).view(matrix.shape).copy_(matrix)
+
+
+def describe(matrix: Matrix) -> CMatrix | None:
+    """A matrix as decode.c reads it, or None for one that it cannot."""
+    codes, scale = matrix.many, matrix.scale
+    if codes.device.type != "cpu" or codes.dtype not in KINDS or not codes.is_contiguous():
+        return None
+    address = None if scale is None else scale.data_ptr()
+    return CMatrix(codes.data_ptr(), address, KINDS[codes.dtype], *codes.shape)
+
+
+@cache
+def tiled_kinds() -> int:
+    """The KINDS, as bits, of which any number of rows is fast here."""
+    found, lib = ctypes.c_int64(0), _build()
+    if lib is not None:
+        lib.tiles(ctypes.addressof(found))
+    return found.value
+
+
+def suits(network: Any) -> bool:
+    """Whether decode.c can run this network: a FusedNetwork on a CPU, tables of one dtype, and a compiler."""
+    layers = getattr(network, "layers", None)
+    if not layers or library() is None or network.wte_VD.device.type != "cpu":
+        return False
+    tables = [network.wte_VD, *(layer[7] for layer in layers if layer[7] is not None)]
+    same = {table.dtype for table in tables} in ({torch.float32}, {torch.bfloat16})
+    if not same or any(not table.is_contiguous() for table in tables):
+        return False
+    return all(describe(matrix) is not None for layer in layers for matrix in layer[2:6])
+
+
+def kv_dtype(network: Any) -> torch.dtype:
+    """What keys and values are kept in on a CPU: bf16 beside narrow matrices if decode.c takes every step."""
+    if not suits(network) or network.layers[0][2].many.dtype == torch.float32:
+        return torch.float32
+    return torch.bfloat16 if most_tokens(0, torch.bfloat16) == ANY else torch.float32
+
+
+def most_tokens(num_bytes: int, dtype: torch.dtype) -> int:
+    """Up to how many tokens at once this way is the faster one, for matrices of so many bytes."""
+    if tiled_kinds() >> KINDS[dtype] & 1:
+        return MOST_AMX if dtype != torch.float32 and "amx" in hardware.cpu_features() else ANY
+    return MOST_SMALL if num_bytes <= SMALL_BYTES else MOST_INT8 if dtype == torch.int8 else MOST
+
+
+def multiply(matrix: CMatrix, x_ND: Tensor) -> Tensor:
+    """x W^T of rows x (fp32) -> (N, rows), fp32, as a step multiplies. Needs `library()`."""
+    lib = library()
+    assert lib is not None and x_ND.dtype == torch.float32 and x_ND.shape[1] == matrix.cols
+    x_ND = x_ND.contiguous()
+    y_NR = torch.empty(len(x_ND), matrix.rows)
+    is_tiny = matrix.rows * matrix.cols < ONE_THREAD_BYTES and len(x_ND) < MANY
+    threads = 1 if is_tiny else torch.get_num_threads()
+    lib.multiply(ctypes.addressof(matrix), x_ND.data_ptr(), len(x_ND), y_NR.data_ptr(), threads)
+    return y_NR
+
+
+class NativeStep:
+    """Steps of up to `most` tokens of one network over one paged cache; `of` says whether it can be had."""
+
+    def __init__(
+        self, network: FusedNetwork, stores: Sequence[Tensor], windows: Sequence[int], groups: Sequence[int],
+        num_groups: int, block_size: int,
+    ) -> None:  # fmt: skip
+        assert block_size % 4 == 0  # decode.c reads keys by fours
+        cfg = self.config = network.config
+        self.num_groups, self.block_size = num_groups, block_size
+        self.head_dim, self.mlp = network.head_dim, network.layers[0][4].many.shape[0]
+        matrices = [matrix for layer in network.layers for matrix in layer[2:6]]
+        num_bytes = sum(matrix.many.numel() * matrix.many.element_size() for matrix in matrices)
+        self.most = most_tokens(num_bytes, matrices[0].many.dtype)
+        self._pairs = network.bigram_RD
+        self._num_ids = len(network.wte_VD)
+        self._is_tiny = num_bytes < ONE_THREAD_BYTES
+        self._kept: list[Any] = [network, list(stores)]  # their memory is read
+        self._layers = (CLayer * cfg.n_layer)()
+        for i, (a, b, qkv, proj, fc, out, gate, table) in enumerate(network.layers):
+            described = [describe(matrix) for matrix in (qkv, proj, fc, out)]
+            small = None if gate is None else gate.contiguous()
+            self._kept.append(small)
+            self._layers[i] = CLayer(
+                *described, None if small is None else small.data_ptr(),
+                None if table is None else table.data_ptr(), stores[i].data_ptr(),
+                groups[i], windows[i], a, b,
+            )  # fmt: skip
+        smear_gate = network.smear_gate.contiguous()
+        self._kept.append(smear_gate)
+        self._net = CNet(
+            ctypes.addressof(self._layers), network.wte_VD.data_ptr(), smear_gate.data_ptr(), None, None,
+            cfg.n_layer, cfg.n_embd, cfg.n_head, cfg.n_kv_head, self.head_dim, self.mlp,
+            SMEAR_CHANNELS, VE_GATE_CHANNELS, int(network.wte_VD.dtype == torch.bfloat16), block_size, 1,
+            cfg.n_layer // 2, KINDS[stores[0].dtype], network.smear, network.backout, QK_SCALE, NORM_EPS,
+        )  # fmt: skip
+        self._turn(cfg.sequence_len)
+
+    @staticmethod
+    def of(network: Any, stores: Sequence[Tensor], *place: Any) -> NativeStep | None:
+        """Where `suits` says so, for stores of fp32, or of bf16 where decode.c multiplies it; else None."""
+        kinds = {store.dtype for store in stores}
+        has_pairs = tiled_kinds() >> KINDS[torch.bfloat16] & 1
+        is_kept = kinds == {torch.float32} or (kinds == {torch.bfloat16} and has_pairs)
+        if not suits(network) or not is_kept or any(not store.is_contiguous() for store in stores):
+            return None
+        return NativeStep(network, stores, *place)
+
+    def _turn(self, num_positions: int) -> None:
+        """Angles of positions up to num_positions - 1."""
+        cos, sin = rope_tables(torch.arange(num_positions), self.head_dim, torch.float32)
+        self._cos, self._sin, self._num_positions = cos.contiguous(), sin.contiguous(), num_positions
+        self._net.cos, self._net.sin = self._cos.data_ptr(), self._sin.data_ptr()
+
+    def __call__(
+        self, ids: Sequence[int], prev: Sequence[int], positions: Sequence[int], rows: Sequence[int],
+        tables: Sequence[Sequence[Sequence[int]]],
+    ) -> Tensor:  # fmt: skip
+        """Hidden states (N, D); writes keys and values. rows: the sequence of each token, whose tokens come
+        one after the other; tables[group][row]: its blocks. Raises IndexError for ids outside the vocabulary.
+        """
+        lib, cfg, N = library(), self.config, len(ids)
+        assert lib is not None and self.most >= N
+        if min(ids) < 0 or max(*ids, *prev) >= self._num_ids:
+            raise IndexError(
+                f"ids must lie between 0 and {self._num_ids - 1}, found {min(ids)} to {max(ids)}"
+            )
+        if max(positions) >= self._num_positions:
+            self._turn(2 * max(positions))
+        num_blocks = max(positions) // self.block_size + 1
+        flat = [
+            block
+            for group in tables
+            for table in group
+            for block in (*table[:num_blocks], *[0] * (num_blocks - len(table)))
+        ]
+        numbers = (ctypes.c_int64 * (4 * N))(*ids, *prev, *positions, *rows)
+        blocks = (ctypes.c_int32 * len(flat))(*flat)
+        E, H, K, D = self.head_dim, cfg.n_head, cfg.n_kv_head, cfg.n_embd
+        floats = 4 * D + (H + 2 * K) * E + 2 * H * E + self.mlp
+        scratch = torch.empty(N * (floats + (max(D, H * E, self.mlp) + 1) // 2))  # the latter in bf16
+        hidden_ND = torch.empty(N, D)
+        self._net.threads = 1 if self._is_tiny and N < MANY else torch.get_num_threads()
+        at, pairs_ND = ctypes.addressof(numbers), None
+        if self._pairs is not None:
+            pairs_ND = look_up(torch.tensor(ids), torch.tensor(prev), self._pairs).float().contiguous()
+        lib.step(
+            ctypes.addressof(self._net), at, at + 8 * N, at + 16 * N, at + 24 * N,
+            None if pairs_ND is None else pairs_ND.data_ptr(), ctypes.addressof(blocks), N, len(tables[0]),
+            num_blocks, scratch.data_ptr(), hidden_ND.data_ptr(),
+        )  # fmt: skip
+        return hidden_ND
