@@ -9,7 +9,8 @@ seconds of this one: above 1, this one is faster. Only interfaces that both chec
 GPTConfig, setup_optimizer, Engine. Weights are random, because speed does not depend on them.
 
 train: one optimizer step of 16 rows of 512 tokens (V = 4,096, width 64 a layer, heads of 64 channels).
-decode: 64 tokens after a prompt of 16 at batch 1. mixed: 32 prompts of 8 to 128 tokens at once, 32 tokens each.
+decode: 64 tokens after a prompt of 16 at batch 1. mixed: 32 prompts of 8 to 128 tokens at once, 32 tokens
+each.
 """
 
 from __future__ import annotations

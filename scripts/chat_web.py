@@ -12,11 +12,10 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nanochat.server.door import Door, listen
-
 from nanochat import config, errors
 from nanochat.config import setting
 from nanochat.home import Home
+from nanochat.server.door import Door, listen
 
 if TYPE_CHECKING:
     from nanochat.engine import Engine
@@ -66,11 +65,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def serve(settings: Settings, keys: list[str], hosts: list[str], door: Door, where: str) -> None:
     """Load the model and answer at the door until a signal ends it."""
-    from nanochat.server.serving import make_server, settle
-
     from nanochat.chat_ui.session import open_engine
     from nanochat.server.app import create_app
     from nanochat.server.middleware import log_line
+    from nanochat.server.serving import make_server, settle
 
     opened = open_engine(
         Home.find(settings.home), settings.tag, settings.stage, settings.step, settings.device,

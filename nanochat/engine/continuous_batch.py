@@ -31,7 +31,8 @@ class Batch:
     token_budget: tokens computed in a step at most. num_blocks: of the cache, 16 tokens each (default: enough
     for all rows at their longest); with fewer, sequences that do not fit wait, the newest are computed anew.
     in_bursts: forced text, and guesses that were right, appear in one emit, not a token an emit.
-    speculate: tokens guessed at most a step and row (nanochat.engine.speculate), 0 for none. What is drawn does
+    speculate: tokens guessed at most a step and row (nanochat.engine.speculate), 0 for none. What is
+    drawn does
     not depend on it: a guess is kept where it is the token drawn anyway.
     ahead: tokens of every row drawn at most before the host reads them, where steps are graphs (GPUs).
     """

@@ -1,1 +1,1 @@
-"""Faster versions of the network's mathematics. Each is checked against plain PyTorch, which serves where none fits."""
+"""Faster versions of the network's mathematics, each checked against the plain PyTorch lines."""

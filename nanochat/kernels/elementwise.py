@@ -2,7 +2,8 @@
 
 On a CPU half of an eager step goes into such chains. Each function here equals the plain expression in its
 docstring (tests compare values and gradients in fp64). On a CPU with a compiler each is one pass of kernels.c
-(nanochat/kernels/build.py); the PyTorch lines serve everything else. Letters: E head size, ... any leading axes.
+(nanochat/kernels/build.py); the PyTorch lines serve everything else. Letters: E head size, ... any leading
+axes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Attacks that a sandbox is tried with before it runs anything: a program that prints what got through.
 
-The names SECRET (a file), DIRECTORY and PARENT (a process) stand above it. tests/sandbox/test_sandbox.py tries more.
+The names SECRET (a file), DIRECTORY and PARENT (a process) stand above it. tests/sandbox/test_sandbox.py
+tries more.
 """
 
 PROBE = r"""

@@ -16,15 +16,15 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from nanochat.server.door import RETRY_SECONDS, health_body
-from nanochat.server.metrics import Metrics
-from nanochat.server.replies import ChatReply, TextReply, TokenNames
 
 from nanochat.engine import Engine
 from nanochat.server import middleware as gate
 from nanochat.server import schemas as openai
+from nanochat.server.door import RETRY_SECONDS, health_body
 from nanochat.server.engine_thread import Busy, Fleet, Job
+from nanochat.server.metrics import Metrics
 from nanochat.server.middleware import EventStream, Gate, Log
+from nanochat.server.replies import ChatReply, TextReply, TokenNames
 from nanochat.server.requests import Defaults, Prepared, Prompts
 from nanochat.server.schemas import (
     ApiError,

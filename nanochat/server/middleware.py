@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
-from nanochat.server.door import LOCAL_HOSTS, host_name
 
+from nanochat.server.door import LOCAL_HOSTS, host_name
 from nanochat.server.schemas import ApiError
 
 MAX_BODY_BYTES = 1 << 20

@@ -126,7 +126,8 @@ class ChatRequest(Common):
         return self.max_completion_tokens or self.max_tokens
 
     def conversation(self) -> chat.Conversation:
-        """The messages as nanochat.chat_format has them: system text stands before the next user text, or after the
+        """The messages as nanochat.chat_format has them: system text stands before the next user
+        text, or after the
         last.
         """
         messages: list[dict[str, Any]] = []

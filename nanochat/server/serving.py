@@ -16,7 +16,6 @@ from types import FrameType
 from typing import Any
 
 from nanochat.server.door import Door
-
 from nanochat.server.middleware import MAX_HEADER_BYTES
 
 SWITCH_SECONDS = 0.001  # of the interpreter between threads: the door's must not wait for the engine's

@@ -7,13 +7,12 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from nanochat.server.replies import Entries, Part, Reply
-
 from nanochat import chat_format as chat
 from nanochat.engine.detokenizer import PartDecoder, StopFilter
 from nanochat.engine.engine import Generation
 from nanochat.server import replies
 from nanochat.server.engine_thread import Job
+from nanochat.server.replies import Entries, Part, Reply
 from nanochat.server.schemas import ApiError
 
 PING_SECONDS = 15.0

@@ -1,1 +1,1 @@
-"""Files from the hub or a mirror of it: resumed after a kill, checked, and usable while others still arrive."""
+"""Files from the hub or a mirror: resumed after a kill, checked, usable while others still arrive."""

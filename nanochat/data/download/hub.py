@@ -1,7 +1,8 @@
 """Data sets of the hub or a mirror, and a few plain files: fetched in parallel, verified, recorded.
 
 A file gets its final name only after size and hash agree with what the hub, or the mirror's SHA256SUMS,
-says; nanochat.data.download.manifest tells what is kept about each, nanochat.data.download.hub_client where it comes from. Offline
+says; nanochat.data.download.manifest tells what is kept about each, nanochat.data.download.hub_client where
+it comes from. Offline
 opens no connection.
 """
 

@@ -1,7 +1,8 @@
 """What is said to the hub, or to a mirror in its place: what is there, and one file of it.
 
 huggingface_hub resolves names, revisions, addresses and tokens (HF_ENDPOINT and HF_TOKEN honoured); the
-bytes come through nanochat.data.download.transfer, which resumes after a kill and checks what it gets. A mirror is a
+bytes come through nanochat.data.download.transfer, which resumes after a kill and checks what it gets. A
+mirror is a
 directory or URL that holds SHA256SUMS and datasets/OWNER/NAME/FILE.
 """
 
