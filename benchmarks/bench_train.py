@@ -57,11 +57,13 @@ def measure(depth: str, dtype_name: str, variant: str) -> dict[str, float | int 
     if variant == "torch":
         native._override = False
     if variant.startswith("plain"):
-        forward, update = plain(model, optimizer, ids, variant == "plain-compiled")
+        forward_backward, update = plain(model, optimizer, ids, variant == "plain-compiled")
     else:
 
-        def forward() -> torch.Tensor:
-            return model.weighted_nll(model.hidden(ids[:, :-1]), ids[:, 1:], weights)
+        def forward_backward() -> torch.Tensor:
+            loss = model.weighted_nll(model.hidden(ids[:, :-1]), ids[:, 1:], weights)
+            loss.backward()
+            return loss
 
         def update() -> None:
             optimizer.reduce()
@@ -71,8 +73,7 @@ def measure(depth: str, dtype_name: str, variant: str) -> dict[str, float | int 
     times, optimizer_times, losses = [], [], []
     for _ in sys.stdin:
         begin = time.perf_counter()
-        loss = forward()
-        loss.backward()
+        loss = forward_backward()
         middle = time.perf_counter()
         update()
         losses.append(loss.item())
@@ -105,18 +106,14 @@ def measure(depth: str, dtype_name: str, variant: str) -> dict[str, float | int 
 def plain(
     model: Any, optimizer: Any, ids: Any, is_compiled: bool
 ) -> tuple[Callable[[], Any], Callable[[], None]]:
-    """(forward, update) of the rival loop on the same parameters."""
+    """(forward and backward, update) of the rival loop on the same parameters."""
     import torch
-    from plain_loop import PlainOptimizer, loss_of
+    from plain_loop import PlainOptimizer, forward_backward
 
-    from nanochat.kernels.elementwise import rope_tables
-
-    size = model.config.n_embd // model.config.n_head
-    rope = rope_tables(torch.arange(ids.shape[1] - 1), size, model.compute_dtype)
-    run = torch.compile(loss_of) if is_compiled else loss_of
-    return lambda: run(model, ids[:, :-1], ids[:, 1:], *rope), PlainOptimizer(
-        optimizer.param_groups, torch.bfloat16 if model.compute_dtype == torch.bfloat16 else torch.float32
-    ).step
+    loss_of = torch.compile(model) if is_compiled else model
+    dtype = torch.bfloat16 if model.compute_dtype == torch.bfloat16 else torch.float32
+    update = PlainOptimizer(optimizer.param_groups, dtype).step
+    return lambda: forward_backward(model, ids[:, :-1], ids[:, 1:], loss_of), update
 
 
 def main() -> None:

@@ -1,70 +1,34 @@
-"""The rival of bench_train.py: the same network and optimizer as plain PyTorch, the way such loops are
-usually written.
+"""The rival of bench_train.py: a plain network and a plain optimizer, as such loops are usually written.
 
-Weights are cast at every use, norms and RoPE are separate operations, logits exist as a whole in fp32, and
-Muon visits one
-matrix after the other. It trains the parameters of a nanochat GPT, so that both start from the same loss.
+The network is gpt.py with nanochat.kernels switched off: norms and RoPE are separate operations, and the
+logits exist as a whole in fp32. Muon visits one matrix after the other. It trains the parameters of a
+nanochat GPT, so that both loops start from the same loss.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.gpt import GPT, QK_SCALE, SMEAR_CHANNELS, VE_GATE_CHANNELS
+from nanochat import kernels
+from nanochat.gpt import GPT
 from nanochat.optim.muon import POLAR_EXPRESS
 
 
-def norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.size(-1),))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    x1, x2 = x.chunk(2, -1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), -1)
-
-
-def loss_of(model: GPT, ids: Tensor, targets: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Mean cross entropy of rows (B, T); cos, sin (T, 1, E/2) in the compute dtype."""
-    cfg, dtype = model.config, model.compute_dtype
-
-    def linear(x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight.to(x.dtype))
-
-    (B, T), E = ids.shape, cfg.n_embd // cfg.n_head
-    h = norm(F.embedding(ids, model.wte.weight).to(dtype))
-    gate = model.smear_lambda.to(dtype) * torch.sigmoid(
-        linear(h[:, 1:, :SMEAR_CHANNELS], model.smear_gate.weight)
-    )
-    x = torch.cat((h[:, :1], h[:, 1:] + gate * h[:, :-1]), dim=1)
-    x0 = middle = x
-    for i, block in enumerate(model.blocks):
-        x = model.resid_lambdas[i].to(dtype) * x + model.x0_lambdas[i].to(dtype) * x0
-        u, attn = norm(x), block.attn
-        q = linear(u, attn.c_q.weight).view(B, T, -1, E)
-        k = linear(u, attn.c_k.weight).view(B, T, -1, E)
-        v = linear(u, attn.c_v.weight).view(B, T, -1, E)
-        if attn.ve_gate is not None:
-            table = model.value_embeds[str(i)].weight
-            g = 3 * torch.sigmoid(linear(u[..., :VE_GATE_CHANNELS], attn.ve_gate.weight))
-            v = v + g.unsqueeze(-1) * F.embedding(ids, table).to(dtype).view(v.shape)
-        q, k = (QK_SCALE * norm(rotate(t, cos, sin)) for t in (q, k))
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=cfg.n_head != cfg.n_kv_head)
-        x = x + linear(y.transpose(1, 2).reshape(B, T, -1), attn.c_proj.weight)
-        x = x + linear(F.relu(linear(norm(x), block.mlp.c_fc.weight)).square(), block.mlp.c_proj.weight)
-        if i == cfg.n_layer // 2:
-            middle = x
-    x = norm(x - model.backout_lambda.to(dtype) * middle)
-    logits = linear(x, model.lm_head.weight)[..., : cfg.vocab_size].float()
-    logits = 15 * torch.tanh(logits / 15)
-    return F.cross_entropy(logits.view(-1, cfg.vocab_size), targets.reshape(-1))
+def forward_backward(
+    model: GPT, ids: Tensor, targets: Tensor, loss_of: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> Tensor:
+    """Mean cross entropy of rows (B, T), its gradients added to the parameters. loss_of: a compiled model."""
+    with kernels.disabled():
+        loss = (loss_of or model)(ids, targets)
+        loss.backward()
+    return loss
 
 
 class PlainOptimizer:
-    """Muon, one matrix after the other, and torch's AdamW, each group of its own; rates of nanochat's
-    groups."""
+    """Muon, one matrix after the other, and torch's AdamW, with the rates of nanochat's groups."""
 
     def __init__(self, groups: list[dict], dtype: torch.dtype) -> None:
         self.muon = [g for g in groups if g["kind"] == "muon"]

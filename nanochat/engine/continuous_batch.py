@@ -25,7 +25,7 @@ SCORED_AT_ONCE = 128  # tokens of a prompt: their logits take 16 MB with 32,768 
 
 
 class Batch:
-    """Up to num_rows sequences of up to `context` tokens of a model with GPT's `trunk`.
+    """Up to num_rows sequences of up to `context` tokens of a model with GPT's `forward_hidden`.
 
     network: the model made ready by somebody who keeps it (else it is made here, weights cast once).
     token_budget: tokens computed in a step at most. num_blocks: of the cache, 16 tokens each (default: enough

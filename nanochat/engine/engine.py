@@ -32,7 +32,7 @@ class Completion:
 
 def is_ragged(model: Any) -> bool:
     """Whether rows of this model may stand at different positions."""
-    return hasattr(model, "trunk")
+    return hasattr(model, "forward_hidden")
 
 
 class Engine:

@@ -1,8 +1,8 @@
 """GPT's layers for generating: flat tokens, weights cast once, q, k and v from one product.
 
-The same function as `GPT.trunk`, which is its oracle in the tests. There each product casts its fp32 weight
-(8 bytes moved where 2 are read here) and each norm prepares for a backward pass. Letters: N tokens of any
-sequences, D width, H query heads, K key/value heads, E head size, V vocabulary.
+The same function as `GPT.forward_hidden`, which is its oracle in the tests. There each product casts its fp32
+weight (8 bytes moved where 2 are read here) and each norm prepares for a backward pass. Letters: N tokens of
+any sequences, D width, H query heads, K key/value heads, E head size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat import context as row_context
 from nanochat import hardware
 from nanochat.bigram import look_up
-from nanochat.gpt import GPT, QK_SCALE, SMEAR_CHANNELS, VE_GATE_CHANNELS, Embedding
+from nanochat.gpt import GPT, Embedding, rope_tables
 from nanochat.kernels import decode as native_step
-from nanochat.kernels.elementwise import inverse_rms, rope_tables
-from nanochat.kernels.loss import softcap
+from nanochat.kernels.elementwise import inverse_rms
 
 # (layer, q (N, H, E), keys and values (N, 2K, E)) -> (N, H, E)
 Attend = Callable[[int, Tensor, Tensor], Tensor]
@@ -53,7 +53,7 @@ def network_of(model: Any, dtype: torch.dtype | None = None) -> Network:
 
 
 class TrunkNetwork:
-    """Any model with GPT's `trunk` and `logits`, called as they are: single tokens as rows, chunks in one."""
+    """Any model with GPT's `forward_hidden` and `logits`: single tokens as rows, chunks in one row."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.dtype = model, getattr(model, "compute_dtype", torch.float32)
@@ -64,12 +64,15 @@ class TrunkNetwork:
         """See Network."""
         shape = (len(lengths), 1) if max(lengths) == 1 else (1, len(ids_N))
 
-        def attend_flat(layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-            y_NHE = attend(layer, q.flatten(0, 1), torch.cat((k, v), dim=2).flatten(0, 1))
-            return y_NHE.view(q.shape)
+        def attention(layer: int, window: int) -> row_context.Attend:
+            def attend_flat(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                y_NHE = attend(layer, q.flatten(0, 1), torch.cat((k, v), dim=2).flatten(0, 1))
+                return y_NHE.view(q.shape)
 
-        flat = (x.view(shape) for x in (ids_N, prev_N, positions_N))
-        hidden_ND: Tensor = self.model.trunk(*flat, attend_flat).flatten(0, 1)
+            return attend_flat
+
+        context = row_context.Context(positions_N.view(shape), attention, prev_ids_BT=prev_N.view(shape))
+        hidden_ND: Tensor = self.model.forward_hidden(ids_N.view(shape), context).flatten(0, 1)
         return hidden_ND
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
@@ -209,23 +212,26 @@ class FusedNetwork:
         H, K, N = cfg.n_head, cfg.n_kv_head, len(ids_N)
         both_ND = F.embedding(torch.cat((ids_N, prev_N.clamp(min=0))), self.wte_VD).to(dtype)
         h_ND, before_ND = _norm(both_ND).split(N)
-        gate_N1 = torch.sigmoid(F.linear(h_ND[:, :SMEAR_CHANNELS], self.smear_gate)).mul_(self.smear)
+        gate_N1 = torch.sigmoid(F.linear(h_ND[:, : self.config.smear_channels], self.smear_gate)).mul_(
+            self.smear
+        )
         x_ND = torch.addcmul(h_ND, gate_N1.masked_fill_((prev_N < 0).unsqueeze(1), 0), before_ND)
-        if self.bigram_RD is not None:
-            x_ND = x_ND + look_up(ids_N, prev_N, self.bigram_RD).to(dtype)
+        pairs_ND = self.pair_embeddings(ids_N, prev_N)
+        if pairs_ND is not None:
+            x_ND = x_ND + pairs_ND.to(dtype)
         x0_ND = middle_ND = x_ND
-        cos, sin = rope_tables(positions_N, E, dtype)
+        cos, sin = self.rope_tables(positions_N, dtype)
         cos_N1E, sin_N1E = torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)
         for i, (a, b, qkv, proj, fc, out, gate, table_VC) in enumerate(self.layers):
             x_ND = (x_ND * a).add_(x0_ND, alpha=b)
             y_ND = _norm(x_ND)
             qkv_NGE = qkv(y_ND).view(N, H + 2 * K, E)
             if gate is not None and table_VC is not None:
-                gate_NK1 = F.linear(y_ND[:, :VE_GATE_CHANNELS], gate).sigmoid_().mul_(3).unsqueeze(2)
+                gate_NK1 = F.linear(y_ND[:, : cfg.ve_gate_channels], gate).sigmoid_().mul_(3).unsqueeze(2)
                 ve_NKE = F.embedding(ids_N, table_VC).to(dtype).view(N, K, E)
                 qkv_NGE[:, H + K :].addcmul_(gate_NK1, ve_NKE)
             qk_NGE = qkv_NGE[:, : H + K]
-            scale = inverse_rms(qk_NGE).mul_(QK_SCALE).to(dtype)  # a rotation keeps the length
+            scale = inverse_rms(qk_NGE).mul_(cfg.qk_scale).to(dtype)  # a rotation keeps the length
             turned_NGE = torch.roll(qk_NGE, E // 2, -1).mul_(sin_N1E).addcmul_(qk_NGE, cos_N1E).mul_(scale)
             qkv_NGE[:, H : H + K] = turned_NGE[:, H:]
             y_NHE = attend(i, turned_NGE[:, :H], qkv_NGE[:, H:])
@@ -235,9 +241,18 @@ class FusedNetwork:
                 middle_ND = x_ND
         return _norm(x_ND - self.backout * middle_ND)
 
+    def rope_tables(self, positions_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin (N, 1, E/2) of these positions."""
+        return rope_tables(positions_N, self.head_dim, self.config.rope_base, dtype)
+
+    def pair_embeddings(self, ids_N: Tensor, prev_N: Tensor) -> Tensor | None:
+        """What the hashed table adds (N, D), or None without one."""
+        return None if self.bigram_RD is None else look_up(ids_N, prev_N, self.bigram_RD)
+
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Softcapped fp32 logits (N, V)."""
-        return softcap(self.head(hidden_ND).float())
+        cap = self.config.softcap
+        return cap * torch.tanh(self.head(hidden_ND).float() / cap)
 
 
 def _norm(x: Tensor) -> Tensor:

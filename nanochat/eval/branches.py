@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from nanochat.context import Attend, Context
 from nanochat.eval.rows import Row, Score, ending_scores
 from nanochat.flash_attention import flash_attn
 
@@ -93,7 +95,7 @@ def score_examples(
 
 
 def _score(model: Any, trees: Sequence[Tree]) -> list[Score]:
-    """The scores of all rows of some trees, from one pass through the trunk."""
+    """The scores of all rows of some trees, from one forward pass."""
     device = model.get_device()
     S, M = max(len(t.shared) for t in trees), max(t.branch_tokens for t in trees)
     ids_BT = torch.zeros(len(trees), S + M, dtype=torch.long)
@@ -120,8 +122,8 @@ def _score(model: Any, trees: Sequence[Tree]) -> list[Score]:
             sizes.append(len(whole) - start)
             at = own.stop
     sees = Sight(torch.tensor([len(t.shared) for t in trees]), position_BT, branch_BM)
-    attend = attention(S, sees, device)
-    hidden_BTD = model.trunk(ids_BT.to(device), prev_BT.to(device), position_BT.to(device), attend)
+    context = Context(position_BT.to(device), attention(S, sees, device), prev_ids_BT=prev_BT.to(device))
+    hidden_BTD = model.forward_hidden(ids_BT.to(device), context)
     hidden_ND = hidden_BTD[torch.tensor(rows, device=device), torch.tensor(columns, device=device)]
     return ending_scores(model, hidden_ND, torch.tensor(targets, device=device), sizes)
 
@@ -144,12 +146,12 @@ class Sight:
         return (torch.cat((is_shared_BMS, is_own_BMM), dim=2) & (back_BMT <= window))[:, None]
 
 
-def attention(S: int, sees: Sight, device: torch.device) -> Callable[..., torch.Tensor]:
-    """GPT.trunk's `attend` for rows of S shared columns and branches behind them."""
+def attention(S: int, sees: Sight, device: torch.device) -> Callable[[int, int], Attend]:
+    """gpt.Context's `attention` for rows of S shared columns and branches behind them."""
     T, has_branches = sees.position_BT.shape[1], sees.branch_BM.shape[1] > 0
     masks: dict[int, torch.Tensor] = {}
 
-    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: int) -> torch.Tensor:
         limits = (-1 if window >= S else window, 0)
         y_BSHE = flash_attn.flash_attn_func(q[:, :S], k[:, :S], v[:, :S], causal=True, window_size=limits)
         if not has_branches:
@@ -162,4 +164,4 @@ def attention(S: int, sees: Sight, device: torch.device) -> Callable[..., torch.
         y = F.scaled_dot_product_attention(q[:, S:].transpose(1, 2), keys, values, masks[window])
         return torch.cat((y_BSHE, y.transpose(1, 2)), dim=1)
 
-    return attend
+    return lambda layer, window: partial(attend, window=window)

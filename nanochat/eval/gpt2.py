@@ -1,7 +1,8 @@
 """GPT-2 from its public weights, only to be measured: a known model shows whether CORE's figures are right.
 
-Learned positions, LayerNorm, GELU (tanh form), biases, a head tied to the embedding. It has the `trunk` and
-`logits` of nanochat.gpt.GPT, so that everything in nanochat.eval takes it. Left out: training, generation.
+Learned positions, LayerNorm, GELU (tanh form), biases, a head tied to the embedding. It has the
+`forward_hidden` and `logits` of nanochat.gpt.GPT, so that everything in nanochat.eval takes it. Left out:
+training, generation.
 
 Letters: B rows, T time, D width, H heads, E head size, V vocabulary, C = 3 D or 4 D.
 """
@@ -19,9 +20,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nanochat.context import Context
 from nanochat.errors import UserError
 from nanochat.eval.chat import wilson
-from nanochat.gpt import Attend
 from nanochat.tokenizer import END_OF_TEXT, RustBPETokenizer
 
 # As tiktoken writes it: the same cuts as the published pattern's, found faster.
@@ -55,16 +56,14 @@ class GPT2:
     def get_device(self) -> torch.device:
         return self.tensors["wte.weight"].device
 
-    def trunk(
-        self, ids_BT: Tensor, prev_ids_BT: Tensor | None, positions_BT: Tensor, attend: Attend
-    ) -> Tensor:
-        """Hidden states (B, T, D); see GPT.trunk. prev_ids_BT is not looked at."""
+    def forward_hidden(self, ids_BT: Tensor, context: Context) -> Tensor:
+        """Final hidden states (B, T, D)."""
         cfg, t = self.config, self.tensors
-        x_BTD = F.embedding(ids_BT, t["wte.weight"]) + F.embedding(positions_BT, t["wpe.weight"])
+        x_BTD = F.embedding(ids_BT, t["wte.weight"]) + F.embedding(context.positions, t["wpe.weight"])
         for i in range(cfg.n_layer):
             qkv_BTC = self._linear(self._norm(x_BTD, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn")
             q, k, v = (x.unflatten(-1, (cfg.n_head, -1)) for x in qkv_BTC.split(cfg.n_embd, -1))
-            y_BTD = attend(i, q, k, v, cfg.sequence_len).flatten(2)
+            y_BTD = context.attention(i, cfg.sequence_len)(q, k, v).flatten(2)
             x_BTD = x_BTD + self._linear(y_BTD, f"h.{i}.attn.c_proj")
             inner_BTC = self._linear(self._norm(x_BTD, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
             x_BTD = x_BTD + self._linear(F.gelu(inner_BTC, approximate="tanh"), f"h.{i}.mlp.c_proj")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nanochat.flash_attention import flash_attn
+from nanochat.context import row_context
 
 CHUNK_LOGITS = 1 << 24  # logits held at once: 64 MB in fp32
 
@@ -40,15 +40,8 @@ def padded_batches(
 
 
 def hidden_states(model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
-    """(B, T, D) after the trunk. Rows may be longer than those the model was trained on; windows stay."""
-    T = ids_BT.shape[1]
-
-    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-        return flash_attn.flash_attn_func(
-            q, k, v, causal=True, window_size=(-1 if window >= T else window, 0)
-        )
-
-    return model.trunk(ids_BT, None, torch.arange(T, device=ids_BT.device), attend)
+    """(B, T, D) of whole rows. Rows may be longer than those the model was trained on; windows stay."""
+    return model.forward_hidden(ids_BT, row_context(ids_BT.shape[1], ids_BT.device))
 
 
 @torch.no_grad()

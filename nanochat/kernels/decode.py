@@ -19,10 +19,8 @@ import torch
 from torch import Tensor
 
 from nanochat import hardware
-from nanochat.bigram import look_up
-from nanochat.gpt import QK_SCALE, SMEAR_CHANNELS, VE_GATE_CHANNELS
 from nanochat.kernels import build as native
-from nanochat.kernels.elementwise import NORM_EPS, rope_tables
+from nanochat.kernels.elementwise import NORM_EPS
 
 if TYPE_CHECKING:
     from nanochat.engine.network import FusedNetwork, Matrix
@@ -157,7 +155,7 @@ class NativeStep:
         matrices = [matrix for layer in network.layers for matrix in layer[2:6]]
         num_bytes = sum(matrix.many.numel() * matrix.many.element_size() for matrix in matrices)
         self.most = most_tokens(num_bytes, matrices[0].many.dtype)
-        self._pairs = network.bigram_RD
+        self._network = network
         self._num_ids = len(network.wte_VD)
         self._is_tiny = num_bytes < ONE_THREAD_BYTES
         self._kept: list[Any] = [network, list(stores)]  # their memory is read
@@ -176,8 +174,9 @@ class NativeStep:
         self._net = CNet(
             ctypes.addressof(self._layers), network.wte_VD.data_ptr(), smear_gate.data_ptr(), None, None,
             cfg.n_layer, cfg.n_embd, cfg.n_head, cfg.n_kv_head, self.head_dim, self.mlp,
-            SMEAR_CHANNELS, VE_GATE_CHANNELS, int(network.wte_VD.dtype == torch.bfloat16), block_size, 1,
-            cfg.n_layer // 2, KINDS[stores[0].dtype], network.smear, network.backout, QK_SCALE, NORM_EPS,
+            cfg.smear_channels, cfg.ve_gate_channels, int(network.wte_VD.dtype == torch.bfloat16),
+            block_size, 1,
+            cfg.n_layer // 2, KINDS[stores[0].dtype], network.smear, network.backout, cfg.qk_scale, NORM_EPS,
         )  # fmt: skip
         self._turn(cfg.sequence_len)
 
@@ -193,7 +192,7 @@ class NativeStep:
 
     def _turn(self, num_positions: int) -> None:
         """Angles of positions up to num_positions - 1."""
-        cos, sin = rope_tables(torch.arange(num_positions), self.head_dim, torch.float32)
+        cos, sin = self._network.rope_tables(torch.arange(num_positions), torch.float32)
         self._cos, self._sin, self._num_positions = cos.contiguous(), sin.contiguous(), num_positions
         self._net.cos, self._net.sin = self._cos.data_ptr(), self._sin.data_ptr()
 
@@ -226,9 +225,9 @@ class NativeStep:
         scratch = torch.empty(N * (floats + (max(D, H * E, self.mlp) + 1) // 2))  # the latter in bf16
         hidden_ND = torch.empty(N, D)
         self._net.threads = 1 if self._is_tiny and N < MANY else torch.get_num_threads()
-        at, pairs_ND = ctypes.addressof(numbers), None
-        if self._pairs is not None:
-            pairs_ND = look_up(torch.tensor(ids), torch.tensor(prev), self._pairs).float().contiguous()
+        at = ctypes.addressof(numbers)
+        pairs_ND = self._network.pair_embeddings(torch.tensor(ids), torch.tensor(prev))
+        pairs_ND = None if pairs_ND is None else pairs_ND.float().contiguous()
         lib.step(
             ctypes.addressof(self._net), at, at + 8 * N, at + 16 * N, at + 24 * N,
             None if pairs_ND is None else pairs_ND.data_ptr(), ctypes.addressof(blocks), N, len(tables[0]),

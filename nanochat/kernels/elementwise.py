@@ -16,7 +16,6 @@ from torch import Tensor
 from nanochat.kernels import build as native
 
 NORM_EPS = 2.0**-23
-ROPE_BASE = 100_000.0
 
 
 def norm(x: Tensor) -> Tensor:
@@ -24,13 +23,6 @@ def norm(x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # a compiler fuses the plain lines, and derives their gradient
         return x * inverse_rms(x).to(x.dtype)
     return Norm.apply(x)
-
-
-def rope_tables(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, (..., 1, E/2), of positions (...), in `dtype` from angles in fp32 (arXiv 2104.09864)."""
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions.float().unsqueeze(-1) / ROPE_BASE**exponents
-    return angles.cos().unsqueeze(-2).to(dtype), angles.sin().unsqueeze(-2).to(dtype)
 
 
 def rotate_norm(x: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:

@@ -17,7 +17,6 @@ from torch import Tensor
 from nanochat.kernels import build as native
 from nanochat.kernels import matmul
 
-SOFTCAP = 15.0
 CHUNK_LOGITS = 1 << 24  # logits held at once on a GPU: 64 MB in fp32
 # Logits of a chunk without and with a kernel that works in place: fp32 copies should stay in a CPU's
 # cache, while a GPU's products want many rows and the head's gradient few chunks.
@@ -30,6 +29,7 @@ def weighted_nll(
     targets: Tensor,
     weights: Tensor,
     vocab: int,
+    softcap: float,
     cast_VD: Tensor | None = None,
 ) -> Tensor:
     """sum(weights * nll) over the targets that are not -1 (fp32 scalar); the gradient is made with the value.
@@ -41,12 +41,7 @@ def weighted_nll(
     if hidden.device.type == "cpu" and bool((targets_N < 0).any()):  # a GPU would have to synchronise
         keep = (targets_N >= 0).nonzero().squeeze(1)
         hidden_ND, targets_N, weights_N = hidden_ND[keep], targets_N[keep], weights_N[keep]
-    return WeightedNLL.apply(hidden_ND, head_VD, targets_N, weights_N, vocab, cast_VD)
-
-
-def softcap(logits: Tensor) -> Tensor:
-    """15 tanh(z / 15): logits stay within +-15 (Gemma 2, arXiv 2408.00118)."""
-    return SOFTCAP * torch.tanh(logits / SOFTCAP)
+    return WeightedNLL.apply(hidden_ND, head_VD, targets_N, weights_N, vocab, softcap, cast_VD)
 
 
 def _kernel(hidden: Tensor) -> Callable[[Tensor, Tensor, float, bool], Tensor] | None:
@@ -101,6 +96,7 @@ class WeightedNLL(torch.autograd.Function):
         targets_N: Tensor,
         weights_N: Tensor,
         vocab: int,
+        softcap: float,
         cast_VD: Tensor | None,
     ) -> Tensor:
         w_VD = (head_VD if cast_VD is None else cast_VD)[:vocab].to(hidden_ND.dtype)
@@ -122,7 +118,7 @@ class WeightedNLL(torch.autograd.Function):
                 is_fast = vocab % 2 == 0 and matmul.is_fast(h, w_VD)
                 d = matmul.forward(h, w_VD) if is_fast else h @ w_VD.T
                 w_N = weights_N[i : i + rows].to(wide)
-                total += (kernel(d, y.contiguous(), SOFTCAP, wants) * w_N).sum()
+                total += (kernel(d, y.contiguous(), softcap, wants) * w_N).sum()
                 if grad_h is not None and grad_w is not None:
                     dh = grad_h[i : i + rows]
                     matmul.gradient_of_input(d, w_VD, out=dh) if is_fast else torch.mm(d, w_VD, out=dh)
@@ -136,10 +132,10 @@ class WeightedNLL(torch.autograd.Function):
                 continue
             w_N1 = weights_N[i : i + rows].masked_fill(y < 0, 0.0).unsqueeze(1).to(wide)
             y_N1 = y.clamp(min=0).unsqueeze(1)
-            s = ((h * (2 / SOFTCAP)) @ w_VD.T).to(wide).sigmoid_()
-            probs = (s * (2 * SOFTCAP)).exp_()
+            s = ((h * (2 / softcap)) @ w_VD.T).to(wide).sigmoid_()
+            probs = (s * (2 * softcap)).exp_()
             z_N1 = probs.sum(1, keepdim=True)
-            total += ((z_N1.log() - 2 * SOFTCAP * s.gather(1, y_N1)) * w_N1).sum()
+            total += ((z_N1.log() - 2 * softcap * s.gather(1, y_N1)) * w_N1).sum()
             if grad_h is not None and grad_w is not None:
                 d = probs.mul_(4 * w_N1 / z_N1)
                 d.scatter_add_(1, y_N1, -4 * w_N1)
@@ -155,4 +151,4 @@ class WeightedNLL(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_h, grad_w = ctx.saved_tensors
         grad = grad if ctx.factor is None else grad * ctx.factor
-        return grad_h * grad.to(grad_h.dtype), grad_w * grad, None, None, None, None
+        return grad_h * grad.to(grad_h.dtype), grad_w * grad, None, None, None, None, None

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 def why_not(model: Any) -> str | None:
     """Why gathers of this model cannot wait, or None."""
-    return "a wait inside a compiled layer would break its graph" if model.is_compiled else None
+    is_compiled = any(getattr(block, "_compiled_call_impl", None) is not None for block in model.blocks)
+    return "a wait inside a compiled layer would break its graph" if is_compiled else None
 
 
 def stages(model: Any) -> list[tuple[Any, list[Any]]]:

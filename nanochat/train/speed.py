@@ -13,9 +13,13 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nanochat.errors import UserError
 from nanochat.kernels import fp8
@@ -32,7 +36,8 @@ def apply(model: Any, speed: str, rt: Runtime, backend: str = "inductor") -> Non
         raise UserError(
             f"--speed knows {', '.join(KINDS)}, found {', '.join(wrong)}", "leave --speed out for none"
         )
-    model.is_checkpointed = "checkpoint" in chosen
+    if "checkpoint" in chosen:
+        checkpoint_layers(model)
     model.overlaps_gathers = "gather" in chosen
     if "fp8" in chosen:
         rt.say(f"speed: {fp8.convert(model)} linear layers train in fp8")
@@ -45,8 +50,24 @@ def apply(model: Any, speed: str, rt: Runtime, backend: str = "inductor") -> Non
         torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 16)
         for block in model.blocks:
             block.compile(dynamic=False, backend=backend)
-        model.is_compiled = True
         rt.say(f"speed: layers are compiled at their first use ({time.perf_counter() - start:.1f} s to load)")
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Keep only the input of each layer for the backward pass, which computes the layer again."""
+    for block in model.blocks:
+        block.forward = partial(_checkpointed, block, block.forward)
+
+
+def _checkpointed(block: nn.Module, forward: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    if not block.training or not torch.is_grad_enabled():
+        return forward(*arguments)
+    return checkpoint(forward, *arguments, use_reentrant=True, preserve_rng_state=False)
+
+
+def is_compiled(model: Any) -> bool:
+    """Whether `apply` has compiled the layers."""
+    return any(getattr(block, "_compiled_call_impl", None) is not None for block in model.blocks)
 
 
 def why_not_compile(device: torch.device) -> str | None:

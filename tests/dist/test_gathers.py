@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import gathers
+from nanochat.train.speed import checkpoint_layers
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=96, n_layer=3, n_head=2, n_kv_head=1, n_embd=32, window_pattern="L")
 STEPS = 3
@@ -36,7 +37,8 @@ def train(rank: int, how: str) -> dict[str, np.ndarray]:
     """Steps of two micro-batches; what evaluation, state_dict and the parameters hold right after each."""
     model = GPT(CONFIG)
     model.init_weights(1)
-    model.is_checkpointed = "checkpointed" in how
+    if "checkpointed" in how:
+        checkpoint_layers(model)
     optimizer = model.setup_optimizer(batch_tokens=2**12, weight_decay=0.1)
     end = gathers.overlap(optimizer, model) if "overlaps" in how else optimizer.finish
     pending, stale, found = [], [], {}
@@ -95,7 +97,7 @@ def test_nothing_changes_but_the_time_of_the_wait(root, size):
 def test_compiled_layers_and_unknown_parameters_are_refused():
     model = GPT(CONFIG)
     assert gathers.why_not(model) is None
-    model.is_compiled = True
+    model.blocks[0].compile()
     assert "graph" in str(gathers.why_not(model))
     model.blocks[0].attn.c_q = torch.nn.Linear(32, 32, bias=False)
     named = {id(p) for _, params in gathers.stages(model) for p in params}

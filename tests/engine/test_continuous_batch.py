@@ -27,7 +27,7 @@ ENGINE = Engine(MODEL, Bytes())
 
 
 @pytest.mark.parametrize("model", [MODEL, tiny(vocab_size=270, sequence_len=300)])
-def test_fused_network_equals_trunk(model: GPT) -> None:
+def test_the_fused_network_equals_the_plain_one(model: GPT) -> None:
     """And both equal the public forward, chunk sizes mixed, window and smear included."""
     ids = prompt(290)
     for network in (FusedNetwork(model, torch.float32), TrunkNetwork(model)):

@@ -86,7 +86,7 @@ class ByLength:
     def get_device(self) -> torch.device:
         return torch.device("cpu")
 
-    def trunk(self, ids_BT: torch.Tensor, *_: Any) -> torch.Tensor:
+    def forward_hidden(self, ids_BT: torch.Tensor, context: Any) -> torch.Tensor:
         return (torch.arange(ids_BT.shape[1]) + 1).expand(ids_BT.shape).unsqueeze(-1)
 
     def logits(self, length_B1: torch.Tensor) -> torch.Tensor:

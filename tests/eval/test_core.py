@@ -57,7 +57,7 @@ class Bigrams:
     def get_device(self) -> torch.device:
         return torch.device("cpu")
 
-    def trunk(self, ids_BT: torch.Tensor, *_: Any) -> torch.Tensor:
+    def forward_hidden(self, ids_BT: torch.Tensor, context: Any) -> torch.Tensor:
         return ids_BT.unsqueeze(-1)
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:

@@ -72,8 +72,8 @@ class Caller(GPT):
 
     nexts: dict[int, int]
 
-    def trunk(self, ids, *rest):
-        hidden = super().trunk(ids, *rest)
+    def forward_hidden(self, ids, context):
+        hidden = super().forward_hidden(ids, context)
         self.fed = [*getattr(self, "fed", []), ids.flatten().tolist()]
         follow = torch.tensor([self.nexts.get(i, END) for i in ids.flatten().tolist()])
         return torch.cat((hidden, follow.view(*ids.shape, 1).float()), dim=2)

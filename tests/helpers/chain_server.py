@@ -49,7 +49,7 @@ class Chain:
     def get_device(self) -> torch.device:
         return torch.device("cpu")
 
-    def trunk(self, ids_BT: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def forward_hidden(self, ids_BT: torch.Tensor, context: Any) -> torch.Tensor:
         if self.is_broken:
             self.is_broken = False
             raise RuntimeError("out of order")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import torch
 from helpers.chain_server import END, OUT, OUT_END, PY, PY_END, START, TOK, Chain
+
+from nanochat.context import Context
 
 Piece = str | tuple[str]  # text, or (expression,) for a call of the tool
 
@@ -31,9 +32,8 @@ class Script(Chain):
         self._script = torch.tensor([*tokens, *([] if is_endless else [END])])
         self.delay_seconds = delay_seconds
 
-    def trunk(
-        self, ids_BT: torch.Tensor, prev_BT: torch.Tensor, positions_BT: torch.Tensor, *rest: Any
-    ) -> torch.Tensor:
+    def forward_hidden(self, ids_BT: torch.Tensor, context: Context) -> torch.Tensor:
+        positions_BT = context.positions
         starts = positions_BT[ids_BT == START]
         if len(starts):
             self._base = int(starts.max())

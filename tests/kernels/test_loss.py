@@ -13,9 +13,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nanochat.gpt import softcap
 from nanochat.kernels import build as native
 from nanochat.kernels import loss as cross_entropy
-from nanochat.kernels.loss import softcap, weighted_nll
+from nanochat.kernels.loss import weighted_nll
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,9 +37,9 @@ def test_any_chunking_equals_the_plain_softmax(chunk, with_kernel, monkeypatch):
     h, head, y, weights = case()
     leaves = [h.clone().requires_grad_(), head.clone().requires_grad_()]
     exact = [h.double().requires_grad_(), head.double().requires_grad_()]
-    loss = weighted_nll(*leaves, y, weights, 300)
+    loss = weighted_nll(*leaves, y, weights, 300, 15.0)
     nll = torch.nn.functional.cross_entropy(
-        softcap((exact[0] @ exact[1].T)[:, :300]), y, ignore_index=-1, reduction="none"
+        softcap((exact[0] @ exact[1].T)[:, :300], 15.0), y, ignore_index=-1, reduction="none"
     )
     oracle = (nll * weights.double()).sum()
     torch.testing.assert_close(loss.double(), oracle, rtol=1e-5, atol=1e-4)
@@ -63,14 +64,14 @@ def test_no_tensor_holds_all_logits(with_kernel, monkeypatch):
     h, head, y, weights = case(num=2000)
     leaves = [h.requires_grad_(), head.requires_grad_()]
     with Watch():
-        weighted_nll(*leaves, y, weights, 300).backward()
+        weighted_nll(*leaves, y, weights, 300, 15.0).backward()
     assert max(largest) <= max(h.numel(), head.numel(), 10 * 300) < 2000 * 300 / 8
 
 
 def test_no_target_at_all_is_zero_and_has_zero_gradients():
     h, head, y, weights = case()
     leaves = [h.requires_grad_(), head.requires_grad_()]
-    loss = weighted_nll(*leaves, torch.full_like(y, -1), weights, 300)
+    loss = weighted_nll(*leaves, torch.full_like(y, -1), weights, 300, 15.0)
     loss.backward()
     assert loss.item() == 0 and not leaves[0].grad.any() and not leaves[1].grad.any()
 
@@ -78,14 +79,14 @@ def test_no_target_at_all_is_zero_and_has_zero_gradients():
 INTERPRETED = """
 import torch
 from nanochat.kernels import triton_loss
-from nanochat.kernels.loss import softcap
+from nanochat.gpt import softcap
 triton_loss.BLOCK = 64
 for dtype, allowed in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2)):
     logits = (10 * torch.randn(5, 300, generator=torch.Generator().manual_seed(0))).to(dtype)
     logits[3, :2] = torch.tensor([1e4, -1e4]).to(dtype)
     y = torch.tensor([0, 299, -1, 1, 64])
     exact = logits.double().requires_grad_()
-    nll = torch.nn.functional.cross_entropy(softcap(exact), y, ignore_index=-1, reduction="none")
+    nll = torch.nn.functional.cross_entropy(softcap(exact, 15.0), y, ignore_index=-1, reduction="none")
     (gradient,) = torch.autograd.grad(nll.sum(), exact)
     ours = torch.full((5, 310), 7.0, dtype=dtype)  # rows with a stride of their own
     ours[:, :300] = logits

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.kernels import build as native
-from nanochat.kernels import linear, matmul
+from nanochat.kernels import layer as layers
+from nanochat.kernels import matmul
 from nanochat.kernels.linear import Embedding, Linear
 from nanochat.kernels.loss import weighted_nll
 
@@ -110,8 +111,8 @@ def test_what_does_not_suit_is_left_to_pytorch() -> None:
         layer.weight.normal_(generator=torch.Generator().manual_seed(0))
     x = bf16(8, 64)
     plain = F.linear(x, layer.weight.bfloat16())
-    assert torch.equal(linear.linear_plus(x, layer, x), x + plain)
-    assert torch.equal(linear.linears(x, layer)[0], plain)
+    assert torch.equal(layers.linear_plus(x, layer, x), x + plain)
+    assert torch.equal(layers.linears(x, layer)[0], plain)
 
 
 def test_odd_sums_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,8 +128,8 @@ def test_odd_sums_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     for override in (None, False):
         monkeypatch.setattr(native, "_override", override)
-        loss = weighted_nll(hidden, head, targets, torch.ones(()).expand(40), 65)
-        y = linear.linear_plus(x, layer, bf16(40, 35, seed=2))
+        loss = weighted_nll(hidden, head, targets, torch.ones(()).expand(40), 65, 15.0)
+        y = layers.linear_plus(x, layer, bf16(40, 35, seed=2))
         made.append([y, *torch.autograd.grad(loss + y.float().square().sum(), (hidden, x, layer.weight))])
     for found, plain in zip(*made, strict=True):
         assert (found.double() - plain.double()).norm() < 0.02 * plain.double().norm()
@@ -159,8 +160,8 @@ def test_one_node_is_as_exact_as_its_parts(frozen: tuple[int, ...], monkeypatch:
         if dtype == torch.float64:
             for layer in (one, two, inner, outer):
                 layer.weight.data = layer.weight.data.bfloat16().double()
-        a, b = linear.linears(x, one, two)
-        y = linear.mlp_plus(linear.linear_plus(a, one, x), inner, outer, x)
+        a, b = layers.linears(x, one, two)
+        y = layers.mlp_plus(layers.linear_plus(a, one, x), inner, outer, x)
         loss = (y * torch.linspace(-1, 1, 96, dtype=dtype)).sum() + b.square().sum()
         trained = [layer.weight for layer in (one, two, inner, outer) if layer.weight.requires_grad]
         return [y, *torch.autograd.grad(loss, [x, *trained])]
@@ -182,11 +183,11 @@ def test_rows_of_a_table_are_cast_while_they_are_read(
     with torch.no_grad():
         table.weight.normal_(generator=torch.Generator().manual_seed(0))
     ids = torch.randint(0, 300, (4, 90), generator=torch.Generator().manual_seed(1))[:, ::2]
-    rows, plain = table.rows(ids, torch.bfloat16), table(ids).bfloat16()
+    rows, plain = table(ids, torch.bfloat16), table(ids).bfloat16()
     assert torch.equal(rows, plain)
     grad = bf16(*rows.shape)
     ours, theirs = (torch.autograd.grad(y, table.weight, grad)[0] for y in (rows, plain))
-    assert torch.equal(ours, theirs) and torch.equal(table.rows(ids, torch.float32), table(ids))
+    assert torch.equal(ours, theirs) and torch.equal(table(ids, torch.float32), table(ids))
     for wrong in (-1, 300):
         with pytest.raises(IndexError):
-            table.rows(torch.tensor([0, wrong]), torch.bfloat16)
+            table(torch.tensor([0, wrong]), torch.bfloat16)

@@ -13,7 +13,7 @@ from benchmarks import plain_loop
 from nanochat import scaling
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels import build as native
-from nanochat.kernels.elementwise import rope_tables
+from nanochat.train.speed import checkpoint_layers
 
 
 def saved_bytes(plan: scaling.Plan, dtype: torch.dtype) -> tuple[int, int]:
@@ -63,15 +63,15 @@ def train(
     """Two steps from nothing, ours or the plain loop's."""
     model = GPT(GPTConfig(**plan.config()), dtype)
     model.init_weights(1)
-    model.is_checkpointed = is_checkpointed
+    if is_checkpointed:
+        checkpoint_layers(model)
     optimizer = model.setup_optimizer(batch_tokens=plan.batch_tokens, weight_decay=0.1)
     shape = plan.device_batch, plan.sequence_len
     ids, targets = torch.randint(0, plan.vocab_size, (2, *shape))
-    rope = rope_tables(torch.arange(plan.sequence_len), plan.head_dim, dtype)
     rival = plain_loop.PlainOptimizer(optimizer.param_groups, dtype) if is_plain else None
     for _ in range(2):
         if rival is not None:
-            plain_loop.loss_of(model, ids, targets, *rope).backward()
+            plain_loop.forward_backward(model, ids, targets)
             rival.step()
             continue
         weights = torch.full((), 1 / targets.numel()).expand(shape)

@@ -50,9 +50,9 @@ def test_the_tool_answers_within_a_rollout() -> None:
         def get_device(self) -> torch.device:
             return RT.device
 
-        def trunk(self, ids_BT: torch.Tensor, prev: Any, positions: torch.Tensor, *_: Any) -> torch.Tensor:
+        def forward_hidden(self, ids_BT: torch.Tensor, context: Any) -> torch.Tensor:
             self.given = self.given or int(ids_BT.shape[1])
-            at = positions.expand(ids_BT.shape) - (self.given - 1)
+            at = context.positions.expand(ids_BT.shape) - (self.given - 1)
             return at.unsqueeze(-1).float()
 
         def logits(self, hidden: torch.Tensor) -> torch.Tensor:
