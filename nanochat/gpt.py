@@ -64,8 +64,8 @@ class GPTConfig:
         if min(sizes) < 1 or self.bigram_rows < 0:
             raise ValueError(f"every size of a model must be at least 1, found {asdict(self)}")
         if self.n_embd % self.n_head or self.head_dim % 2:
-            sizes = f"{self.n_embd} and {self.n_head}"
-            raise ValueError(f"n_embd must be an even multiple of n_head, found {sizes}")
+            found = f"{self.n_embd} and {self.n_head}"
+            raise ValueError(f"n_embd must be an even multiple of n_head, found {found}")
         widest_gate = max(self.smear_channels, self.ve_gate_channels)
         if self.n_embd < widest_gate:
             raise ValueError(f"n_embd must be at least {widest_gate}, what gates read, found {self.n_embd}")
