@@ -90,6 +90,23 @@ def is_half(x: Tensor) -> int:
     return int(x.dtype == torch.bfloat16)
 
 
+def check_range(name: str, least: int, largest: int, first: int, stop: int) -> None:
+    """Raise IndexError unless first <= least and largest < stop.
+
+    C and Triton do not check: there a wrong index reads or writes memory of somebody else.
+    """
+    if least < first or largest >= stop:
+        found = least if least < first else largest
+        raise IndexError(f"{name} must lie between {first} and {stop - 1}, found {found}")
+
+
+def check_indices(name: str, ids: Tensor, first: int, stop: int) -> None:
+    """Raise IndexError unless first <= ids < stop. One pass; on a GPU it would have to synchronise."""
+    if ids.numel():
+        least, largest = ids.aminmax()
+        check_range(name, int(least), int(largest), first, stop)
+
+
 def call(name: str, *arguments: Any) -> None:
     """Run a function of the C files; tensors are passed by address, None as NULL."""
     getattr(library(), name)(*[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments])

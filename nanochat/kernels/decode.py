@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from nanochat.engine.network import FusedNetwork, Matrix
 
 SOURCE, HEADER = (native.C_FOLDER / name for name in ("decode.c", "products.h"))
-SIGNATURES = {"multiply": "pplpi", "step": "ppppppplllpp", "tiles": "p"}
+SIGNATURES = {"multiply": "pplpi", "step": "ppppppplllppp", "tiles": "p"}
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 # Tokens in one call at most. Beyond, PyTorch's products win where decode.c has no tiles; int8 would have to
 # be widened for them. With AMX, which tiles do without, they win later; that number is not measured.
@@ -48,7 +48,7 @@ class CLayer(ctypes.Structure):
     _fields_ = [
         *((name, CMatrix) for name in ("qkv", "proj", "fc", "out")),
         *((name, _P) for name in ("gate", "values", "kv")),
-        *((name, _L) for name in ("group", "window")),
+        *((name, _L) for name in ("num_blocks", "group", "window")),
         *((name, _F) for name in ("a", "b")),
     ]
 
@@ -56,11 +56,27 @@ class CLayer(ctypes.Structure):
 class CNet(ctypes.Structure):
     _fields_ = [
         *((name, _P) for name in ("layers", "embedding", "smear_gate", "cos", "sin")),
+        *((name, _L) for name in ("vocab_size", "num_positions")),
         *((name, _L) for name in ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp")),
         *((name, _L) for name in ("smear_channels", "gate_channels", "tables_half", "block_size", "threads")),
         *((name, _L) for name in ("middle", "kv_kind")),
         *((name, _F) for name in ("smear", "backout", "qk_scale", "eps")),
     ]
+
+
+class CBadIndex(ctypes.Structure):
+    _fields_ = [(name, _L) for name in ("what", "found", "stop")]
+
+
+# What decode.c refuses, in the order of its enum; 0 is none.
+BAD_INDICES = {
+    1: "ids must lie between 0 and {last}, found {found}",
+    2: "previous ids must lie between -1 and {last}, found {found}",
+    3: "rows must lie between 0 and {last}, found {found}",
+    4: "positions must lie between 0 and {last}, found {found}",
+    5: "positions of a sequence must follow one another, found {found} instead of {last}",
+    6: "the block of a position must lie between 0 and {last}, found {found} (-1: it has none)",
+}
 
 
 @cache
@@ -149,6 +165,7 @@ class NativeStep:
         num_groups: int, block_size: int,
     ) -> None:  # fmt: skip
         assert block_size % 4 == 0  # decode.c reads keys by fours
+        native.check_range("groups of layers", min(groups), max(groups), 0, num_groups)
         cfg = self.config = network.config
         self.num_groups, self.block_size = num_groups, block_size
         self.head_dim, self.mlp = network.head_dim, network.layers[0][4].many.shape[0]
@@ -156,7 +173,6 @@ class NativeStep:
         num_bytes = sum(matrix.many.numel() * matrix.many.element_size() for matrix in matrices)
         self.most = most_tokens(num_bytes, matrices[0].many.dtype)
         self._network = network
-        self._num_ids = len(network.wte_VD)
         self._is_tiny = num_bytes < ONE_THREAD_BYTES
         self._kept: list[Any] = [network, list(stores)]  # their memory is read
         self._layers = (CLayer * cfg.n_layer)()
@@ -167,12 +183,13 @@ class NativeStep:
             self._layers[i] = CLayer(
                 *described, None if small is None else small.data_ptr(),
                 None if table is None else table.data_ptr(), stores[i].data_ptr(),
-                groups[i], windows[i], a, b,
+                len(stores[i]) // block_size, groups[i], windows[i], a, b,
             )  # fmt: skip
         smear_gate = network.smear_gate.contiguous()
         self._kept.append(smear_gate)
         self._net = CNet(
             ctypes.addressof(self._layers), network.wte_VD.data_ptr(), smear_gate.data_ptr(), None, None,
+            len(network.wte_VD), 0,
             cfg.n_layer, cfg.n_embd, cfg.n_head, cfg.n_kv_head, self.head_dim, self.mlp,
             cfg.smear_channels, cfg.ve_gate_channels, int(network.wte_VD.dtype == torch.bfloat16),
             block_size, 1,
@@ -193,7 +210,7 @@ class NativeStep:
     def _turn(self, num_positions: int) -> None:
         """Angles of positions up to num_positions - 1."""
         cos, sin = self._network.rope_tables(torch.arange(num_positions), torch.float32)
-        self._cos, self._sin, self._num_positions = cos.contiguous(), sin.contiguous(), num_positions
+        self._cos, self._sin, self._net.num_positions = cos.contiguous(), sin.contiguous(), num_positions
         self._net.cos, self._net.sin = self._cos.data_ptr(), self._sin.data_ptr()
 
     def __call__(
@@ -201,22 +218,22 @@ class NativeStep:
         tables: Sequence[Sequence[Sequence[int]]],
     ) -> Tensor:  # fmt: skip
         """Hidden states (N, D); writes keys and values. rows: the sequence of each token, whose tokens come
-        one after the other; tables[group][row]: its blocks. Raises IndexError for ids outside the vocabulary.
+        one after the other; tables[group][row]: its blocks. Raises IndexError for an index outside its table.
         """
         lib, cfg, N = library(), self.config, len(ids)
         assert lib is not None and self.most >= N
-        if min(ids) < 0 or max(*ids, *prev) >= self._num_ids:
-            raise IndexError(
-                f"ids must lie between 0 and {self._num_ids - 1}, found {min(ids)} to {max(ids)}"
-            )
-        if max(positions) >= self._num_positions:
-            self._turn(2 * max(positions))
-        num_blocks = max(positions) // self.block_size + 1
+        is_equal = len(prev) == len(positions) == len(rows) == N and len(tables) == self.num_groups
+        if not is_equal or len({len(group) for group in tables}) != 1:
+            raise ValueError("ids, prev, positions, rows and the tables of each group must be equally many")
+        num_blocks = max(len(table) for group in tables for table in group)
+        num_blocks = min(num_blocks, max(positions) // self.block_size + 1)
+        if num_blocks * self.block_size > self._net.num_positions:
+            self._turn(2 * num_blocks * self.block_size)
         flat = [
             block
             for group in tables
             for table in group
-            for block in (*table[:num_blocks], *[0] * (num_blocks - len(table)))
+            for block in (*table[:num_blocks], *[-1] * (num_blocks - len(table)))
         ]
         numbers = (ctypes.c_int64 * (4 * N))(*ids, *prev, *positions, *rows)
         blocks = (ctypes.c_int32 * len(flat))(*flat)
@@ -225,12 +242,14 @@ class NativeStep:
         scratch = torch.empty(N * (floats + (max(D, H * E, self.mlp) + 1) // 2))  # the latter in bf16
         hidden_ND = torch.empty(N, D)
         self._net.threads = 1 if self._is_tiny and N < MANY else torch.get_num_threads()
-        at = ctypes.addressof(numbers)
+        at, bad = ctypes.addressof(numbers), CBadIndex()
         pairs_ND = self._network.pair_embeddings(torch.tensor(ids), torch.tensor(prev))
         pairs_ND = None if pairs_ND is None else pairs_ND.float().contiguous()
         lib.step(
             ctypes.addressof(self._net), at, at + 8 * N, at + 16 * N, at + 24 * N,
             None if pairs_ND is None else pairs_ND.data_ptr(), ctypes.addressof(blocks), N, len(tables[0]),
-            num_blocks, scratch.data_ptr(), hidden_ND.data_ptr(),
+            num_blocks, scratch.data_ptr(), hidden_ND.data_ptr(), ctypes.addressof(bad),
         )  # fmt: skip
+        if bad.what:
+            raise IndexError(BAD_INDICES[bad.what].format(last=bad.stop - 1, found=bad.found))
         return hidden_ND

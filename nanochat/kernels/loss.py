@@ -35,12 +35,25 @@ def weighted_nll(
     """sum(weights * nll) over the targets that are not -1 (fp32 scalar); the gradient is made with the value.
 
     hidden (..., D); targets, weights (...); cast_VD: the head in the dtype of hidden, if at hand.
+
+    Targets lie between -1 and vocab - 1, else IndexError on a CPU. A GPU would have to synchronise for that;
+    there a wrong target makes the loss NaN, and no memory outside the tensors is touched.
+    Raises ValueError if targets and weights do not have the shape of hidden.
     """
+    if targets.shape != hidden.shape[:-1] or weights.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"targets and weights must have the shape {tuple(hidden.shape[:-1])}, "
+            f"found {tuple(targets.shape)} and {tuple(weights.shape)}"
+        )
     hidden_ND = hidden.reshape(-1, hidden.shape[-1])
-    targets_N, weights_N = targets.reshape(-1), weights.reshape(-1)
-    if hidden.device.type == "cpu" and bool((targets_N < 0).any()):  # a GPU would have to synchronise
-        keep = (targets_N >= 0).nonzero().squeeze(1)
-        hidden_ND, targets_N, weights_N = hidden_ND[keep], targets_N[keep], weights_N[keep]
+    targets_N = targets.reshape(-1).long()
+    weights_N = weights.reshape(-1)
+    if hidden.device.type == "cpu" and targets_N.numel():
+        least, largest = (int(target) for target in targets_N.aminmax())
+        native.check_range("targets", least, largest, -1, vocab)
+        if least < 0:
+            keep = (targets_N >= 0).nonzero().squeeze(1)
+            hidden_ND, targets_N, weights_N = hidden_ND[keep], targets_N[keep], weights_N[keep]
     return WeightedNLL.apply(hidden_ND, head_VD, targets_N, weights_N, vocab, softcap, cast_VD)
 
 
@@ -130,8 +143,10 @@ class WeightedNLL(torch.autograd.Function):
                     else:
                         grad_w[:vocab] += _wide_mm(d.T, h)
                 continue
-            w_N1 = weights_N[i : i + rows].masked_fill(y < 0, 0.0).unsqueeze(1).to(wide)
-            y_N1 = y.clamp(min=0).unsqueeze(1)
+            is_wrong = (y < -1) | (y >= vocab)  # only on a GPU
+            w_N = weights_N[i : i + rows].masked_fill(y == -1, 0.0).masked_fill(is_wrong, float("nan"))
+            w_N1 = w_N.unsqueeze(1).to(wide)
+            y_N1 = y.clamp(0, vocab - 1).unsqueeze(1)
             s = ((h * (2 / softcap)) @ w_VD.T).to(wide).sigmoid_()
             probs = (s * (2 * softcap)).exp_()
             z_N1 = probs.sum(1, keepdim=True)

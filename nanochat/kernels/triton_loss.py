@@ -55,8 +55,11 @@ def probe(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def in_place(logits_NV: Tensor, targets_N: Tensor, cap: float, wants_gradient: bool) -> Tensor:
-    """nll (N,) fp32 of cap tanh(logits / cap), 0 where the target is negative; logits become d nll / d
-    logits."""
+    """nll (N,) fp32 of cap tanh(logits / cap); logits become d nll / d logits.
+
+    Both are 0 where the target is -1 and NaN where it is below -1 or beyond the vocabulary: a check on the
+    host would synchronise, and a NaN loss is noticed. Nothing outside the tensors is read or written.
+    """
     rows, vocab = logits_NV.shape
     nll_N = torch.empty(rows, device=logits_NV.device, dtype=torch.float32)
     block = min(BLOCK, triton.next_power_of_2(vocab))
@@ -75,8 +78,9 @@ if triton is not None:
         row = tl.program_id(0).to(tl.int64)
         logits += row * stride
         y = tl.load(targets + row)
-        known = y >= 0
-        own = tl.load(logits + tl.maximum(y, 0)).to(tl.float32)
+        is_known = (y >= 0) & (y < vocab)
+        no_loss = tl.where(y == -1, 0.0, float("nan"))  # a wrong target is not read, and shows in the loss
+        own = tl.load(logits + y, mask=is_known, other=0.0).to(tl.float32)
         own_s = 1.0 / (1.0 + tl.exp(own * (-2.0 / CAP)))
         lanes = tl.arange(0, BLOCK)
         sums = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -87,7 +91,7 @@ if triton is not None:
             sums += tl.where(inside, tl.exp(2.0 * CAP * (s - 0.5)), 0.0)
         total = tl.sum(sums, axis=0)
         loss = tl.log(total) - 2.0 * CAP * (own_s - 0.5)
-        tl.store(nll + row, tl.where(known, loss, 0.0))
+        tl.store(nll + row, tl.where(is_known, loss, no_loss))
         if WANTS:
             for start in range(0, vocab, BLOCK):
                 at = start + lanes
@@ -95,5 +99,5 @@ if triton is not None:
                 z = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
                 s = 1.0 / (1.0 + tl.exp(z * (-2.0 / CAP)))
                 p = tl.exp(2.0 * CAP * (s - 0.5)) / total - tl.where(at == y, 1.0, 0.0)
-                d = tl.where(known, 4.0 * p * s * (1.0 - s), 0.0)
+                d = tl.where(is_known, 4.0 * p * s * (1.0 - s), no_loss)
                 tl.store(logits + at, d.to(logits.dtype.element_ty), mask=inside)

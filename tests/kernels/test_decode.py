@@ -244,6 +244,56 @@ def test_bad_ids_are_refused_before_memory_is_read() -> None:
             run(Batch(MODEL, 1, 20), [start([3, bad], 2)])
 
 
+WRONG_INDICES = {  # what is given in place of a good argument, and what is said
+    "id below the vocabulary": ({"ids": [3, -1]}, IndexError, "ids must lie between 0 and 319, found -1"),
+    "id beyond the vocabulary": ({"ids": [3, 320]}, IndexError, "ids must lie between 0 and 319, found 320"),
+    "previous id": ({"prev": [320, 3]}, IndexError, "previous ids must lie between -1 and 319, found 320"),
+    "previous id below -1": (
+        {"prev": [-2, 3]},
+        IndexError,
+        "previous ids must lie between -1 and 319, found -2",
+    ),
+    "row": ({"rows": [0, 2]}, IndexError, "rows must lie between 0 and 1, found 2"),
+    "negative row": ({"rows": [-1, -1]}, IndexError, "rows must lie between 0 and 1, found -1"),
+    "negative position": ({"positions": [-1, 0]}, IndexError, "positions must .*, found -1"),
+    "position beyond the blocks": ({"positions": [31, 32]}, IndexError, "between 0 and 31, found 32"),
+    "positions apart": ({"positions": [3, 5]}, IndexError, "must follow one another, found 5 instead of 4"),
+    "block beyond the cache": ({"tables": [[[40], [0]]]}, IndexError, "between 0 and 39, found 40"),
+    "position without a block": (
+        {"positions": [15, 16], "tables": [[[1], [3, 4]]]},
+        IndexError,
+        "it has none",
+    ),
+    "negative block": ({"tables": [[[-1], [0]]]}, IndexError, "between 0 and 39, found -1"),
+    "missing number": ({"ids": [3]}, ValueError, "must be equally many"),
+    "missing group": ({"tables": []}, ValueError, "must be equally many"),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", WRONG_INDICES)
+def test_wrong_indices_are_refused_before_memory_is_touched(name: str) -> None:
+    stores = [torch.zeros(640, 4, 8) for _ in range(2)]
+    step = native_step.NativeStep.of(
+        FusedNetwork(heads_of(8), torch.float32), stores, [130, -1], [0, 0], 1, 16
+    )
+    assert step is not None
+    good = {"ids": [3, 4], "prev": [-1, 3], "positions": [0, 1], "rows": [0, 0], "tables": [[[1, 2], [3, 4]]]}
+    assert bool(step(**good).isfinite().all())
+    before = stores[0].clone()
+    change, error, message = WRONG_INDICES[name]
+    with pytest.raises(error, match=message):
+        step(**(good | change))
+    assert torch.equal(stores[0], before)
+
+
+@needs_compiler
+def test_a_layer_of_no_group_is_refused() -> None:
+    stores = [torch.zeros(640, 4, 8) for _ in range(2)]
+    with pytest.raises(IndexError, match="groups of layers must lie between 0 and 0, found 1"):
+        native_step.NativeStep.of(FusedNetwork(heads_of(8), torch.float32), stores, [130, -1], [0, 1], 1, 16)
+
+
 @needs_compiler
 def test_tables_in_bf16() -> None:
     model = tiny()

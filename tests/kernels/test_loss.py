@@ -76,6 +76,31 @@ def test_no_target_at_all_is_zero_and_has_zero_gradients():
     assert loss.item() == 0 and not leaves[0].grad.any() and not leaves[1].grad.any()
 
 
+@pytest.mark.parametrize("with_kernel", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrong", [300, 10**9, -2, -(10**9)])
+def test_a_target_outside_the_vocabulary_is_refused(wrong, dtype, with_kernel, monkeypatch):
+    """It would read and write outside the chunk of logits; padded rows of the table are outside, too."""
+    monkeypatch.setattr(native, "_override", None if with_kernel else False)
+    h, head, y, weights = case(dtype)
+    y[40] = wrong
+    with pytest.raises(IndexError, match=f"targets must lie between -1 and 299, found {wrong}"):
+        weighted_nll(h.requires_grad_(), head.requires_grad_(), y, weights, 300, 15.0)
+
+
+def test_targets_of_another_shape_are_refused():
+    h, head, y, weights = case()
+    for targets, factors in ((y[1:], weights), (y, weights[1:]), (y[:, None], weights)):
+        with pytest.raises(ValueError, match=r"must have the shape \(83,\)"):
+            weighted_nll(h, head, targets, factors, 300, 15.0)
+
+
+def test_targets_of_any_integer_type():
+    h, head, y, weights = case()
+    narrow, wide = (weighted_nll(h, head, targets, weights, 300, 15.0) for targets in (y.int(), y))
+    assert torch.equal(narrow, wide)
+
+
 INTERPRETED = """
 import torch
 from nanochat.kernels import triton_loss
@@ -97,6 +122,11 @@ for dtype, allowed in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2)):
     error = (ours[:, :300].double() - gradient).abs().max().item()
     assert error < allowed, error
     assert (ours[:, 300:] == 7).all() and not ours[2, :300].any()
+    # Wrong targets touch nothing outside their row, and show as NaN; the other rows are as before.
+    ours[:, :300] = logits
+    got = triton_loss.in_place(ours[:, :300], torch.tensor([300, 10**9, -2, 1, -(10**9)]), 15.0, True)
+    assert got[[0, 1, 2, 4]].isnan().all() and ours[[0, 1, 2, 4], :300].isnan().all()
+    assert got[3].isfinite() and ours[3, :300].isfinite().all() and (ours[:, 300:] == 7).all()
 print("same")
 """
 

@@ -23,6 +23,7 @@ typedef struct {
     const float *gate;  /* (K, gate_channels), or NULL: no value embedding */
     const void *values; /* its table (V, K * E) */
     char *kv;           /* this layer's slots (S, 2K, E), keys first, fp32 or bf16 */
+    int64_t num_blocks;    /* that kv holds */
     int64_t group, window; /* window -1: everything */
     float a, b;            /* of the stream and of x0 */
 } Layer;
@@ -32,6 +33,7 @@ typedef struct {
     const void *embedding;   /* (V, D) */
     const float *smear_gate; /* (smear_channels) */
     const float *cos, *sin;  /* (positions, E / 2) */
+    int64_t vocab_size, num_positions; /* rows of the tables above */
     int64_t num_layers, width, num_heads, num_kv_heads, head_dim, mlp, smear_channels, gate_channels;
     int64_t tables_half; /* embedding and values are bf16, else fp32 */
     int64_t block_size, threads, middle;
@@ -197,13 +199,52 @@ static inline void keep(const float *from, int64_t n, int64_t kind, void *to) {
     memcpy(to, from, (size_t)n * 4);
 }
 
+/* An index that would lead outside a table; decode.py has the words for each `what`. */
+enum { NONE, TOKEN_ID, PREVIOUS_ID, ROW, POSITION, POSITION_ORDER, BLOCK };
+typedef struct {
+    int64_t what, found, stop;
+} BadIndex;
+
+/* Fills `bad` and returns 1 if `index` does not lie between first and stop - 1. */
+static inline int is_outside(int64_t index, int64_t first, int64_t stop, int64_t what, BadIndex *bad) {
+    if (index >= first && index < stop) return 0;
+    *bad = (BadIndex){what, index, stop};
+    return 1;
+}
+
+/* Whether every index of a step lies inside its table. Done before any memory is touched. */
+static int are_indices_good(const Net *net, const int64_t *ids, const int64_t *prev, const int64_t *positions,
+                            const int64_t *rows, const int32_t *tables, int64_t count, int64_t num_rows,
+                            int64_t blocks, BadIndex *bad) {
+    int64_t num_positions = least(net->num_positions, blocks * net->block_size);
+    *bad = (BadIndex){NONE, 0, 0};
+    for (int64_t n = 0; n < count; n++) {
+        if (is_outside(ids[n], 0, net->vocab_size, TOKEN_ID, bad)) return 0;
+        if (is_outside(prev[n], -1, net->vocab_size, PREVIOUS_ID, bad)) return 0;
+        if (is_outside(rows[n], 0, num_rows, ROW, bad)) return 0;
+        if (is_outside(positions[n], 0, num_positions, POSITION, bad)) return 0;
+        /* attention takes neighbouring tokens of a sequence together and counts their positions on */
+        int is_next = n > 0 && rows[n] == rows[n - 1];
+        if (is_next && is_outside(positions[n], positions[n - 1] + 1, positions[n - 1] + 2, POSITION_ORDER, bad)) return 0;
+        if (n + 1 < count && rows[n + 1] == rows[n]) continue;
+        for (int64_t i = 0; i < net->num_layers; i++) {
+            const Layer *layer = net->layers + i;
+            const int32_t *table = tables + (layer->group * num_rows + rows[n]) * blocks;
+            for (int64_t b = 0; b <= positions[n] / net->block_size; b++)
+                if (is_outside(table[b], 0, layer->num_blocks, BLOCK, bad)) return 0;
+        }
+    }
+    return 1;
+}
+
 /* ids, prev (-1: none), positions, rows (count): a token's sequence, whose tokens come one after the other; pairs
  * (count, D), added to the embeddings, or NULL; tables (groups, num_rows, blocks): block numbers of each sequence;
  * scratch: see native_step.py. -> hidden (count, D). Keys and values of all tokens are written first, so a token
- * sees those of its own sequence that come with it. */
+ * sees those of its own sequence that come with it. bad: the first index outside its table; then nothing is done. */
 EXPORT void step(const Net *net, const int64_t *ids, const int64_t *prev, const int64_t *positions,
                  const int64_t *rows, const float *pairs, const int32_t *tables, int64_t count, int64_t num_rows,
-                 int64_t blocks, float *scratch, float *hidden) {
+                 int64_t blocks, float *scratch, float *hidden, BadIndex *bad) {
+    if (!are_indices_good(net, ids, prev, positions, rows, tables, count, num_rows, blocks, bad)) return;
     int64_t D = net->width, H = net->num_heads, K = net->num_kv_heads, E = net->head_dim, G = H + 2 * K;
     int64_t longest = 0, half = E / 2, size = size_of((int)net->kv_kind), num_teams = 0, *teams = malloc((size_t)(count + 1) * sizeof(int64_t));
     if (!teams) abort();
