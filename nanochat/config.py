@@ -1,8 +1,9 @@
-"""One frozen dataclass -> command-line flags, JSON out and JSON in. No registry, no framework.
+"""Settings of a script: one frozen dataclass gives the command-line flags, the help page and settings.json.
 
 A script declares its settings with `setting(default, help)`, gives presets as complete values, and calls
-`parse`. Flags are the field names with dashes; booleans also take --no-NAME; None means "decided later"
-(from the plan or the checkpoint).
+`parse`. A flag is the name of its field with dashes; a boolean also takes --no-NAME; None means that the
+value is decided later, by the plan or the checkpoint. Settings stop at the scripts: library functions take
+plain values.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import math
 import sys
 import types
 import typing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,9 +27,57 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound="DataclassInstance")
 
 
-def setting(default: Any, help: str) -> Any:
-    """A field of a settings dataclass with its default and its help line (which names the unit)."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def setting(default: Any, help: str, *, in_key: bool = True, old_words: dict[str, str] | None = None) -> Any:
+    """A field of a settings dataclass.
+
+    Args:
+        help: its line on the help page, which names the unit.
+        in_key: whether it decides the outcome of a run. A run starts again when such a setting changes.
+        old_words: {new word: old word} for values that have been renamed. The old words are accepted, and
+            the key of a run is made from them, so that runs of earlier versions keep their keys.
+    """
+    metadata = {"help": help, "in_key": in_key, "old_words": old_words or {}}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The flags of every script that works in a run's directory."""
+
+    home: str | None = setting(
+        None, "directory of all runs (default: NANOCHAT_HOME, else the user's cache)", in_key=False
+    )
+    tag: str = setting("main", "name of the run", in_key=False)
+
+
+@dataclass(frozen=True)
+class HubSettings(RunSettings):
+    """The flags of scripts that may download."""
+
+    offline: bool = setting(False, "open no connection", in_key=False)
+    mirror: str | None = setting(
+        None, "directory or URL that replaces the hub (default: NANOCHAT_MIRROR)", in_key=False
+    )
+
+
+@dataclass(frozen=True)
+class DeviceSettings(RunSettings):
+    """The flags of scripts that run a model."""
+
+    device: str | None = setting(None, "cpu, cuda or mps (default: what there is)", in_key=False)
+    dtype: str | None = setting(None, "float32, bfloat16 or float16 (default: bfloat16 where fast)")
+
+
+@dataclass(frozen=True)
+class StageSettings(DeviceSettings):
+    """The flags of every training stage."""
+
+    eval_every: int = setting(150, "optimizer steps between evaluations (0: never)", in_key=False)
+    sample_every: int = setting(0, "optimizer steps between samples (0: never)", in_key=False)
+    save_every: int = setting(1000, "optimizer steps between checkpoints (0: only the last)", in_key=False)
+    keep: int = setting(2, "newest checkpoints to keep", in_key=False)
+    resume: str = setting("auto", "auto, never, or a step", in_key=False)
+    wandb: str = setting("off", "off, offline or online", in_key=False)
 
 
 def parse(cls: type[S], presets: dict[str, S], argv: list[str] | None, doc: str | None) -> S:
@@ -41,7 +91,8 @@ def parse(cls: type[S], presets: dict[str, S], argv: list[str] | None, doc: str 
         raise SystemExit(0)
     kinds = typing.get_type_hints(cls)
     names = {field.name for field in dataclasses.fields(cls)}
-    base, changes = cls(), {}
+    base = cls()
+    changes: dict[str, Any] = {}
     while words:
         word = words.pop(0)
         if not word.startswith("--") or len(word) < 3:
@@ -70,7 +121,7 @@ def parse(cls: type[S], presets: dict[str, S], argv: list[str] | None, doc: str 
             base = from_dict(cls, _load(Path(value)))
         else:
             changes[name] = _convert(kinds[name], value, flag)
-    return dataclasses.replace(base, **changes)
+    return dataclasses.replace(base, **_with_new_words(cls, changes))
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -123,7 +174,27 @@ def from_dict(cls: type[S], values: dict[str, Any]) -> S:
         raise UserError(
             f"these settings do not exist here: {', '.join(unknown)}", "use the settings of the same script"
         )
-    return cls(**values)
+    return cls(**_with_new_words(cls, values))
+
+
+def _with_new_words(cls: type[Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Values with words of earlier versions replaced by today's."""
+    values = dict(values)
+    for field in dataclasses.fields(cls):
+        for new, old in field.metadata["old_words"].items():
+            if values.get(field.name) == old:
+                values[field.name] = new
+    return values
+
+
+def key_values(settings: Any) -> dict[str, Any]:
+    """The settings that decide the outcome of a run, in the words of the version that introduced them."""
+    chosen = {}
+    for field in dataclasses.fields(settings):
+        if field.metadata["in_key"]:
+            value = getattr(settings, field.name)
+            chosen[field.name] = field.metadata["old_words"].get(value, value)
+    return chosen
 
 
 def describe(settings: Any) -> str:
@@ -139,7 +210,9 @@ def help_text(cls: type[Any], presets: dict[str, Any], doc: str | None) -> str:
     """The --help page, made from the fields."""
     lines = [(doc or "").strip(), "", f"  --preset NAME  a complete set of values: {', '.join(presets)}"]
     lines.append("  --settings FILE  replay a settings.json")
-    for field in dataclasses.fields(cls):
+    # A script's own flags first, those that it shares with others last.
+    fields = sorted(dataclasses.fields(cls), key=lambda field: field.name not in cls.__annotations__)
+    for field in fields:
         default = "" if field.default is None else f" [{field.default}]"
         lines.append(f"  --{field.name.replace('_', '-')}  {field.metadata['help']}{default}")
     return "\n".join(lines)

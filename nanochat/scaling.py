@@ -17,7 +17,7 @@ MATRIX_LR = 0.02  # Muon's, as in nanochat.optim.groups (a test holds them equal
 MOST_DECAY = 0.1  # of a weight in one step: the rule alone would exceed 1 in runs of a few steps
 DEFAULT_RATIO = 12.0  # training tokens per scaling parameter
 SHARD_TOKENS = 50_000_000  # of ClimbMix: 250M characters, 5 a token with a vocabulary of 32,768
-PEER_KEPT = 0.65  # share of the tokens that cutting and discarding leaves (docs/data.md: 33 % lost)
+CROP_KEPT_FRAC = 0.65  # share of the tokens that cutting and discarding leaves (docs/data.md: 33 % lost)
 
 
 @dataclass(frozen=True)
@@ -202,9 +202,9 @@ RUNS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def num_shards(horizon_tokens: int, packing: str = "carry") -> int:
+def num_shards(horizon_tokens: int, packing: str = "split") -> int:
     """Shards of ClimbMix that hold a horizon once, and one to spare."""
-    used = SHARD_TOKENS * (PEER_KEPT if packing == "peer" else 1.0)
+    used = SHARD_TOKENS * (CROP_KEPT_FRAC if packing == "crop" else 1.0)
     return math.ceil(horizon_tokens / used) + 1
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from nanochat import config, errors, runtime
 from nanochat import load as models
-from nanochat.config import setting
+from nanochat.config import DeviceSettings, HubSettings, setting
 from nanochat.data.loader import validation_batches
 from nanochat.data.sources import open_source
 from nanochat.engine import Engine
@@ -28,9 +28,7 @@ from nanochat.run_dir import open_stage
 
 
 @dataclass(frozen=True)
-class Settings:
-    home: str | None = setting(None, "directory of all runs (default: NANOCHAT_HOME, else the user's cache)")
-    tag: str = setting("main", "name of the run")
+class Settings(HubSettings, DeviceSettings):
     seed: int | None = setting(None, "seed of the validation documents (default: the base run's)")
     step: int | None = setting(None, "checkpoint to measure (default: the newest)")
     data: str | None = setting(None, "source of the validation documents (default: the base run's)")
@@ -38,10 +36,6 @@ class Settings:
     device_batch: int = setting(32, "rows per forward pass on one device")
     max_per_task: int | None = setting(None, "CORE: examples per task (default: all; 0: no CORE)")
     sample_tokens: int = setting(48, "tokens of each sample (0: no samples)")
-    device: str | None = setting(None, "cpu, cuda or mps (default: what there is)")
-    dtype: str | None = setting(None, "float32, bfloat16 or float16 (default: bfloat16 where fast)")
-    offline: bool = setting(False, "open no connection")
-    mirror: str | None = setting(None, "directory or URL that replaces the hub (default: NANOCHAT_MIRROR)")
 
 
 PRESETS = {

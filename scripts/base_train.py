@@ -10,28 +10,23 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from nanochat import config, errors, runtime, scaling
-from nanochat import load as models
-from nanochat.config import setting
+from nanochat import config, errors, load, runtime, scaling
+from nanochat.config import HubSettings, StageSettings, setting
 from nanochat.data.loader import DocumentBatches, validation_batches
-from nanochat.data.sources import open_source
+from nanochat.data.sources import Source, open_source
 from nanochat.data.warmup import Primed
 from nanochat.eval.bpb import evaluate_bpb
 from nanochat.gpt import GPTConfig
 from nanochat.home import Home
 from nanochat.optim.groups import LM_HEAD_EPS
-from nanochat.run_dir import open_stage
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.train.hooks import evaluation, samples
 from nanochat.train.loop import pretraining_rates
-from nanochat.train.stages import run_stage
+from nanochat.train.stages import Training, run_stage
 from tasks.mixtures import primer
 
 
 @dataclass(frozen=True)
-class Settings:
-    home: str | None = setting(None, "directory of all runs (default: NANOCHAT_HOME, else the user's cache)")
-    tag: str = setting("main", "name of the run")
+class Settings(HubSettings, StageSettings):
     seed: int = setting(1, "seed of weights and data order")
     data: str = setting("synthetic", "synthetic, parquet:, jsonl:, text:, hub: or tokens: (docs/data.md)")
     depth: int = setting(12, "layers; every other size follows from it")
@@ -54,21 +49,14 @@ class Settings:
     warmdown: float = setting(0.65, "share of the steps in the linear warm-down")
     bigram_rows: int = setting(0, "rows of a hashed table of token pairs (0: none)")
     speed: str = setting("", "any of compile, checkpoint, fp8, gather, with commas")
-    primer: str | None = setting(None, "lessons before the embedded corpus: smoke or cpu-demo")
-    packing: str = setting("carry", "carry (split and carry) or peer (cut and discard)")
-    device: str | None = setting(None, "cpu, cuda or mps (default: what there is)")
-    dtype: str | None = setting(None, "float32, bfloat16 or float16 (default: bfloat16 where fast)")
-    eval_every: int = setting(250, "optimizer steps between validations (0: never)")
+    primer: str | None = setting(None, "warm-up curriculum before the embedded corpus: smoke or cpu-demo")
+    packing: str = setting("split", "a document longer than a row: split it, or crop (discard the rest)",
+                           old_words={"split": "carry", "crop": "peer"})  # fmt: skip
+    eval_every: int = setting(250, "optimizer steps between evaluations (0: never)", in_key=False)
     eval_tokens: int = setting(80 * 524288, "validation tokens")
-    sample_every: int = setting(2000, "optimizer steps between samples (0: never)")
-    save_every: int = setting(1000, "optimizer steps between checkpoints (0: only the last)")
-    keep: int = setting(2, "newest checkpoints to keep")
-    resume: str = setting("auto", "auto, never, or a step")
-    wandb: str = setting("off", "off, offline or online")
-    offline: bool = setting(False, "open no connection")
-    mirror: str | None = setting(None, "directory or URL that replaces the hub (default: NANOCHAT_MIRROR)")
-    disk_gb: float | None = setting(None, "GB of training shards to keep (hub only; default: no bound)")
-    damaged: str = setting("stop", "stop or skip at a part of a file that cannot be read as it was written")
+    sample_every: int = setting(2000, "optimizer steps between samples (0: never)", in_key=False)
+    disk_gb: float | None = setting(None, "GB of shards to keep (hub only; default: all)", in_key=False)
+    damaged: str = setting("stop", "stop or skip at damaged parts of a data file", in_key=False)
 
 
 def _preset(name: str, **more: Any) -> Settings:
@@ -76,6 +64,8 @@ def _preset(name: str, **more: Any) -> Settings:
     return Settings(**shape, **more)
 
 
+PLAN_FLAGS = ("depth", "aspect", "head_dim", "num_kv_heads", "sequence_len", "window_pattern", "ratio",
+              "target_flops", "num_steps", "batch_tokens", "device_batch", "bigram_rows")  # fmt: skip
 RECIPE = ("lr_scale", "smear_lr", "lm_head_eps")  # what later stages need to know
 FAST = {"lr_scale": 7.0, "lm_head_eps": 1e-5, "decay_scale": 0.3, "smear": 3.0, "smear_lr": 0.01}
 HUB = "hub:karpathy/climbmix-400b-shuffle"
@@ -102,48 +92,86 @@ def main(argv: list[str] | None = None) -> None:
 def train(cfg: Settings, rt: runtime.Runtime) -> None:
     home = Home.find(cfg.home)
     tok = RustBPETokenizer.from_directory(home.tokenizer_dir)
+    plan, model_config = make_plan(cfg, tok.get_vocab_size(), rt.world_size)
+    source = open_documents(cfg, home, plan, rt)
+    inputs = {"tokenizer": tok.fingerprint(), "data": source.fingerprint()}
+
+    def prepare() -> Training:
+        rt.say(f"base: settings\n{config.describe(cfg)}\nbase: plan\n{config.describe(plan)}")
+        return prepare_training(cfg, rt, tok, plan, model_config, source)
+
+    run_stage("base", cfg, rt, inputs, prepare, result_shown="val_bpb")
+
+
+def make_plan(cfg: Settings, vocab_size: int, world_size: int) -> tuple[scaling.Plan, GPTConfig]:
+    flags = {name: getattr(cfg, name) for name in PLAN_FLAGS}
     try:
-        plan = scaling.plan(
-            cfg.depth, aspect=cfg.aspect, head_dim=cfg.head_dim, num_kv_heads=cfg.num_kv_heads,
-            sequence_len=cfg.sequence_len, vocab_size=tok.get_vocab_size(), window_pattern=cfg.window_pattern,
-            ratio=cfg.ratio, target_flops=cfg.target_flops, num_steps=cfg.num_steps,
-            batch_tokens=cfg.batch_tokens, device_batch=cfg.device_batch, world_size=rt.world_size,
-            bigram_rows=cfg.bigram_rows,
-        )  # fmt: skip
-        shape = GPTConfig(**plan.config())
+        plan = scaling.plan(**flags, vocab_size=vocab_size, world_size=world_size)
+        return plan, GPTConfig(**plan.config())
     except ValueError as error:
         raise errors.UserError(str(error), "change that flag; see python -m scripts.plan") from error
-    whole_hub = cfg.data.split("@")[0] == HUB and cfg.data.count(":") == 1  # no pattern that chooses shards
-    num_shards = scaling.num_shards(plan.horizon_tokens, cfg.packing) if whole_hub else None
-    source = open_source(
-        cfg.data, home=home, seed=cfg.seed, num_shards=num_shards, mirror=cfg.mirror, offline=cfg.offline,
-        disk_gb=cfg.disk_gb, damaged=cfg.damaged, quiet=not rt.is_main,
-    )  # fmt: skip
-    lessons = primer(cfg.primer, cfg.seed) if cfg.primer and cfg.data == "synthetic" else None
-    with open_stage("base", cfg, rt, {"tokenizer": tok.fingerprint(), "data": source.fingerprint()}) as stage:
-        if stage.finished:
-            rt.say(f"base: already finished, bits per byte {stage.finished.get('val_bpb')}")
-            return
-        rt.say(f"base: settings\n{config.describe(cfg)}\nbase: plan\n{config.describe(plan)}")
-        model = models.build(shape, rt, cfg.seed, cfg.smear)
-        optimizer = model.setup_optimizer(
-            batch_tokens=plan.batch_tokens, lr_scale=cfg.lr_scale, smear_backout_lr=cfg.smear_lr,
-            weight_decay=plan.weight_decay * cfg.decay_scale / cfg.lr_scale, lm_head_eps=cfg.lm_head_eps,
-        )  # fmt: skip
-        T, N, A, held = cfg.sequence_len, plan.num_steps, plan.accum, cfg.eval_tokens // cfg.sequence_len or 1
-        how: Any = {"sequence_len": T, "device_batch": cfg.device_batch, "rt": rt}
-        batches = partial(DocumentBatches, source, tok, policy=cfg.packing, accum=A, **how)
-        rows = Primed(lessons, batches, tok, seed=cfg.seed, accum=A, **how)
-        rt.say(f"base: {rows.num_primer_steps} steps of lessons, then {N} of documents")
-        fixed = validation_batches(source, tok, num_rows=held, **how) if cfg.eval_every else ()
-        run_stage(
-            stage, cfg, model, optimizer, rows.batches, num_steps=rows.num_primer_steps + N, accum=A,
-            schedule=partial(pretraining_rates, rows.num_primer_steps, N, cfg.warmup, cfg.warmdown),
-            evaluate=evaluation("val_bpb", lambda: evaluate_bpb(model, fixed, tok.token_bytes(), rt), rt),
-            sample=samples(model, tok, PROMPTS, rt), flops_per_token=model.estimate_flops(),
-            recipe={"batch_tokens": plan.batch_tokens} | {name: getattr(cfg, name) for name in RECIPE},
-            result={"plan": plan.to_dict(), "params": model.num_scaling_params()},
-        )  # fmt: skip
+
+
+def open_documents(cfg: Settings, home: Home, plan: scaling.Plan, rt: runtime.Runtime) -> Source:
+    # Of the whole hub only as many shards are fetched as the run will read; a pattern chooses them itself.
+    is_whole_hub = cfg.data.split("@")[0] == HUB and cfg.data.count(":") == 1
+    return open_source(
+        cfg.data,
+        home=home,
+        seed=cfg.seed,
+        num_shards=scaling.num_shards(plan.horizon_tokens, cfg.packing) if is_whole_hub else None,
+        mirror=cfg.mirror,
+        offline=cfg.offline,
+        disk_gb=cfg.disk_gb,
+        damaged=cfg.damaged,
+        quiet=not rt.is_main,
+    )
+
+
+def prepare_training(
+    cfg: Settings,
+    rt: runtime.Runtime,
+    tok: RustBPETokenizer,
+    plan: scaling.Plan,
+    model_config: GPTConfig,
+    source: Source,
+) -> Training:
+    model = load.build(model_config, rt, cfg.seed, cfg.smear)
+    optimizer = model.setup_optimizer(
+        batch_tokens=plan.batch_tokens,
+        # The rule of the decay assumes the planned rates.
+        weight_decay=plan.weight_decay * cfg.decay_scale / cfg.lr_scale,
+        lr_scale=cfg.lr_scale,
+        smear_backout_lr=cfg.smear_lr,
+        lm_head_eps=cfg.lm_head_eps,
+    )
+    row_options: Any = {"sequence_len": cfg.sequence_len, "device_batch": cfg.device_batch, "rt": rt}
+    documents = partial(DocumentBatches, source, tok, policy=cfg.packing, accum=plan.accum, **row_options)
+    curriculum = primer(cfg.primer, cfg.seed) if cfg.primer and cfg.data == "synthetic" else None
+    rows = Primed(curriculum, documents, tok, seed=cfg.seed, accum=plan.accum, **row_options)
+    num_first_steps = rows.num_primer_steps
+    rt.say(f"base: {num_first_steps} steps of warm-up curriculum, then {plan.num_steps} of documents")
+    num_rows = max(1, cfg.eval_tokens // cfg.sequence_len)
+    val_rows = validation_batches(source, tok, num_rows=num_rows, **row_options) if cfg.eval_every else ()
+
+    def evaluate() -> tuple[float, dict[str, float]]:
+        val_bpb = evaluate_bpb(model, val_rows, tok.token_bytes(), rt)
+        return val_bpb, {"val_bpb": val_bpb}
+
+    return Training(
+        model=model,
+        tok=tok,
+        optimizer=optimizer,
+        batches=rows.batches,
+        num_steps=num_first_steps + plan.num_steps,
+        accum=plan.accum,
+        schedule=partial(pretraining_rates, num_first_steps, plan.num_steps, cfg.warmup, cfg.warmdown),
+        evaluate=evaluate,
+        recipe={"batch_tokens": plan.batch_tokens} | {name: getattr(cfg, name) for name in RECIPE},
+        results={"plan": plan.to_dict(), "params": model.num_scaling_params()},
+        prompts=PROMPTS,
+        speed=cfg.speed,
+    )
 
 
 if __name__ == "__main__":

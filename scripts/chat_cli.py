@@ -15,14 +15,12 @@ from dataclasses import dataclass
 from nanochat import config, errors
 from nanochat.chat_ui.session import COMMANDS, Session, open_engine
 from nanochat.chat_ui.terminal import answer, converse, history_file, reader, speaker
-from nanochat.config import setting
+from nanochat.config import DeviceSettings, setting
 from nanochat.home import Home
 
 
 @dataclass(frozen=True)
-class Settings:
-    home: str | None = setting(None, "directory of all runs (default: NANOCHAT_HOME, else the user's cache)")
-    tag: str = setting("main", "name of the run")
+class Settings(DeviceSettings):
     stage: str | None = setting(None, "rl, sft, mid or base (default: the most trained one)")
     step: int | None = setting(None, "optimizer step of the checkpoint (default: the newest)")
     prompt: str | None = setting(None, "say this, print the answer and leave (also -p)")
@@ -37,7 +35,6 @@ class Settings:
     system: str | None = setting(None, "what the model shall keep in mind")
     history: bool = setting(True, "keep what was typed for the arrow keys, in the home directory")
     seed: int | None = setting(None, "seed of the answers (default: another one each time)")
-    device: str | None = setting(None, "cpu, cuda or mps (default: what there is)")
     dtype: str | None = setting(None, "float32, bfloat16 or int8 (default: see docs/engine.md)")
     speculate: int = setting(0, "tokens guessed at most a step; answers stay the same (0: none)")
 

@@ -9,30 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat import config, errors, runtime
-from nanochat.config import setting
-from nanochat.train.dpo import prefer
+from nanochat.config import StageSettings, setting
+from nanochat.home import Home
+from nanochat.train.dpo import Preference, prefer
+from nanochat.train.finetune import find_parent
 from tasks.preferences import read_pairs
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(StageSettings):
     data: str = setting("", "JSONL file of pairs")
-    home: str | None = setting(None, "directory of all runs (default: NANOCHAT_HOME, else the user's cache)")
-    tag: str = setting("main", "name of the run")
     seed: int = setting(1, "seed of the order of pairs")
     epochs: float = setting(1.0, "passes over the pairs")
     pairs: int = setting(32, "pairs per optimizer step, over all devices")
     device_batch: int = setting(16, "rows (two a pair) per forward pass on one device")
     beta: float = setting(0.1, "how strongly the parent is held on to")
     lr_scale: float = setting(0.02, "factor on every learning rate of mid-training")
-    device: str | None = setting(None, "cpu, cuda or mps (default: what there is)")
-    dtype: str | None = setting(None, "float32, bfloat16 or float16 (default: bfloat16 where fast)")
-    eval_every: int = setting(100, "optimizer steps between validations (0: never)")
-    sample_every: int = setting(0, "optimizer steps between samples (0: never)")
-    save_every: int = setting(500, "optimizer steps between checkpoints (0: only the last)")
-    keep: int = setting(2, "newest checkpoints to keep")
-    resume: str = setting("auto", "auto, never, or a step")
-    wandb: str = setting("off", "off, offline or online")
+    eval_every: int = setting(100, "optimizer steps between evaluations (0: never)", in_key=False)
+    save_every: int = setting(500, "optimizer steps between checkpoints (0: only the last)", in_key=False)
 
 
 PRESETS = {
@@ -54,7 +48,16 @@ def main(argv: list[str] | None = None) -> None:
     records = read_pairs(Path(cfg.data))
     rt = runtime.start(cfg.device, cfg.dtype)
     try:
-        prefer(cfg, rt, records)
+        plan = Preference(
+            epochs=cfg.epochs,
+            pairs_per_step=cfg.pairs,
+            device_batch=cfg.device_batch,
+            beta=cfg.beta,
+            lr_scale=cfg.lr_scale,
+            seed=cfg.seed,
+        )
+        parent = find_parent(Home.find(cfg.home), cfg.tag, ["sft", "mid"])
+        prefer(plan, cfg, rt, parent, records)
     finally:
         runtime.close(rt)
 

@@ -15,7 +15,7 @@ import torch
 
 from nanochat import checkpoint, config, errors, runtime
 from nanochat import load as models
-from nanochat.config import setting
+from nanochat.config import DeviceSettings, setting
 from nanochat.engine import Engine
 from nanochat.eval.chat import chat_core, evaluate_task
 from nanochat.home import Home, write_text
@@ -24,9 +24,7 @@ from tasks.eval_tasks import add_sandbox, open_tasks
 
 
 @dataclass(frozen=True)
-class Settings:
-    home: str | None = setting(None, "directory of all runs (default: NANOCHAT_HOME, else the user's cache)")
-    tag: str = setting("main", "name of the run")
+class Settings(DeviceSettings):
     seed: int = setting(1, "seed of the sampler, where the temperature is not 0")
     stage: str | None = setting(None, "mid, sft, dpo or rl (default: each one that has been trained)")
     step: int | None = setting(None, "checkpoint to measure (default: the newest)")
@@ -37,7 +35,6 @@ class Settings:
     num_samples: int = setting(1, "answers to a question that is answered freely; more give pass@k")
     unsafe_no_sandbox: bool = setting(False, "run model-written code even where no sandbox can be had")
     batch_size: int = setting(64, "answers written at a time on one device")
-    device: str | None = setting(None, "cpu, cuda or mps (default: what there is)")
     dtype: str | None = setting(None, "float32, bfloat16 or float16 (default: float32 on a CPU)")
 
 

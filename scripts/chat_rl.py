@@ -9,16 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nanochat import config, errors, runtime
-from nanochat.config import setting
+from nanochat.config import StageSettings, setting
 from nanochat.home import Home
-from nanochat.train.rl import plan_of, reinforce
+from nanochat.train.finetune import find_parent
+from nanochat.train.rl import Reinforcement, reinforce
+from nanochat.train.rollout import RoundPlan
 from tasks.reinforce import goal
 
 
 @dataclass(frozen=True)
-class Settings:
-    home: str | None = setting(None, "directory of all runs (default: NANOCHAT_HOME, else the user's cache)")
-    tag: str = setting("main", "name of the run")
+class Settings(StageSettings):
     seed: int = setting(1, "seed of the questions, their order and the answers")
     task: str = setting("gsm8k", "what is rewarded: arithmetic, stories, letters, numbers, gsm8k or mbpp")
     size: int = setting(4000, "questions made for a task of the embedded corpus")
@@ -36,16 +36,10 @@ class Settings:
     by_std: bool = setting(False, "divide advantages by the group's standard deviation")
     refill: int = setting(0, "rounds of more questions at most, to replace groups of equal rewards")
     lr_scale: float = setting(0.05, "factor on every learning rate of mid-training")
-    device: str | None = setting(None, "cpu, cuda or mps (default: what there is)")
-    dtype: str | None = setting(None, "float32, bfloat16 or float16 (default: bfloat16 where fast)")
-    eval_every: int = setting(60, "optimizer steps between evaluations (0: never)")
+    eval_every: int = setting(60, "optimizer steps between evaluations (0: never)", in_key=False)
     eval_problems: int = setting(400, "held-out questions per evaluation and task")
     eval_samples: int = setting(8, "sampled answers to each of them, for pass@k (0: only the greedy one)")
-    sample_every: int = setting(0, "optimizer steps between samples (0: never)")
-    save_every: int = setting(60, "optimizer steps between checkpoints (0: only the last)")
-    keep: int = setting(2, "newest checkpoints to keep")
-    resume: str = setting("auto", "auto, never, or a step")
-    wandb: str = setting("off", "off, offline or online")
+    save_every: int = setting(60, "optimizer steps between checkpoints (0: only the last)", in_key=False)
 
 
 PRESETS = {
@@ -60,13 +54,43 @@ PRESETS = {
 
 def main(argv: list[str] | None = None) -> None:
     cfg = config.parse(Settings, PRESETS, argv, __doc__)
-    plan_of(cfg)  # refuses bad counts before anything is loaded
+    plan = make_plan(cfg)
     rt = runtime.start(cfg.device, cfg.dtype)
     try:
-        aim = goal(cfg.task, size=cfg.size, seed=cfg.seed, home=Home.find(cfg.home))
-        reinforce(cfg, rt, aim.train, dict(aim.held_out))
+        home = Home.find(cfg.home)
+        aim = goal(cfg.task, size=cfg.size, seed=cfg.seed, home=home)
+        parent = find_parent(home, cfg.tag, ["dpo", "sft", "mid"])
+        reinforce(plan, cfg, rt, parent, aim.train, dict(aim.held_out))
     finally:
         runtime.close(rt)
+
+
+def make_plan(cfg: Settings) -> Reinforcement:
+    try:
+        round_plan = RoundPlan(
+            questions=cfg.questions,
+            samples=cfg.samples,
+            max_tokens=cfg.max_tokens,
+            device_batch=cfg.device_batch,
+            updates=cfg.updates,
+            clip=cfg.clip,
+            kl=cfg.kl,
+            by_std=cfg.by_std,
+            refill=cfg.refill,
+            engine_batch=cfg.engine_batch,
+            seed=cfg.seed,
+        )
+    except ValueError as error:
+        raise errors.UserError(str(error), "see --help") from error
+    return Reinforcement(
+        round_plan,
+        num_steps=cfg.steps,
+        epochs=cfg.epochs,
+        lr_scale=cfg.lr_scale,
+        keep_reference=cfg.reference,
+        eval_problems=cfg.eval_problems,
+        eval_samples=cfg.eval_samples,
+    )
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nanochat import config, errors, runtime
-from nanochat.config import setting
+from nanochat.config import StageSettings, setting
 from nanochat.home import Home
 from nanochat.optim.schedule import linear_to_zero, post_training_momentum
-from nanochat.train.finetune import Recipe, tune
+from nanochat.train.finetune import Finetuning, find_parent, finetune, parse_parent
 from nanochat.train.loop import Rates
 from tasks.base import Task
 from tasks.custom import CustomJSON
@@ -22,9 +22,7 @@ from tasks.train_tasks import open_chosen
 
 
 @dataclass(frozen=True)
-class Settings:
-    home: str | None = setting(None, "directory of all runs (default: NANOCHAT_HOME, else the user's cache)")
-    tag: str = setting("main", "name of the run")
+class Settings(StageSettings):
     seed: int = setting(1, "seed of the mixture and its order")
     mixture: str = setting("speedrun", "which mixture: smoke, cpu-demo, single-gpu or speedrun")
     tasks: str | None = setting(
@@ -42,14 +40,6 @@ class Settings:
     lr_scale: float = setting(0.8, "factor on every learning rate")
     fresh_optimizer: bool = setting(False, "start with empty moments instead of the parent's")
     borders: bool = setting(True, "conversations packed into one row do not see each other")
-    device: str | None = setting(None, "cpu, cuda or mps (default: what there is)")
-    dtype: str | None = setting(None, "float32, bfloat16 or float16 (default: bfloat16 where fast)")
-    eval_every: int = setting(150, "optimizer steps between validations (0: never)")
-    sample_every: int = setting(0, "optimizer steps between samples (0: never)")
-    save_every: int = setting(1000, "optimizer steps between checkpoints (0: only the last)")
-    keep: int = setting(2, "newest checkpoints to keep")
-    resume: str = setting("auto", "auto, never, or a step")
-    wandb: str = setting("off", "off, offline or online")
 
 
 PRESETS = {
@@ -67,23 +57,40 @@ def schedule(step: int, num_steps: int) -> Rates:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = config.parse(Settings, PRESETS, argv, __doc__)
+    if cfg.parent == "sft":
+        raise errors.UserError("a stage cannot be its own parent", "name another run: --parent=TAG:sft")
+    if cfg.data and cfg.tasks:
+        raise errors.UserError("--data and --tasks exclude each other", "name the file among the --tasks")
     rt = runtime.start(cfg.device, cfg.dtype)
     try:
-        recipe = Recipe("sft", ("mid", "base"), "assistant", not cfg.fresh_optimizer, schedule, rates={})
-        if cfg.parent == "sft":
-            raise errors.UserError("a stage cannot be its own parent", "name another run: --parent=TAG:sft")
-        if cfg.data and cfg.tasks:
-            raise errors.UserError("--data and --tasks exclude each other", "name the file among the --tasks")
         home = Home.find(cfg.home)
-        if cfg.data:
-            task: Task = CustomJSON(cfg.data)
-        elif cfg.tasks:
-            task = open_chosen(cfg.tasks, home, cfg.seed)
-        else:
-            task = mixture("sft", cfg.mixture, cfg.seed, home=home)
-        tune(recipe, cfg, rt, task)
+        plan = Finetuning(
+            stage="sft",
+            loss_on="assistant",
+            schedule=schedule,
+            rates={},
+            epochs=cfg.epochs,
+            batch_tokens=cfg.batch_tokens,
+            device_batch=cfg.device_batch,
+            lr_scale=cfg.lr_scale,
+            seed=cfg.seed,
+            keep_moments=not cfg.fresh_optimizer,
+            borders=cfg.borders,
+            lora_rank=cfg.lora_rank,
+            lora_lr=cfg.lora_lr,
+        )
+        parent = find_parent(home, *parse_parent(cfg.parent, cfg.tag, ["mid", "base"]))
+        finetune(plan, cfg, rt, parent, open_conversations(cfg, home))
     finally:
         runtime.close(rt)
+
+
+def open_conversations(cfg: Settings, home: Home) -> Task:
+    if cfg.data:
+        return CustomJSON(cfg.data)
+    if cfg.tasks:
+        return open_chosen(cfg.tasks, home, cfg.seed)
+    return mixture("sft", cfg.mixture, cfg.seed, home=home)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nanochat import config, errors
-from nanochat.config import setting
+from nanochat.config import DeviceSettings, setting
 from nanochat.home import Home
 from nanochat.server.door import Door, listen
 
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Settings:
-    home: str | None = setting(None, "directory of all runs (default: NANOCHAT_HOME, else the user's cache)")
-    tag: str = setting("main", "name of the run")
+class Settings(DeviceSettings):
     stage: str | None = setting(None, "rl, sft, mid or base (default: the most trained one)")
     step: int | None = setting(None, "optimizer step of the checkpoint (default: the newest)")
     name: str | None = setting(None, "the model's id for clients (default: TAG-STAGE)")
@@ -42,7 +40,6 @@ class Settings:
     drain: float = setting(30.0, "seconds that answers have to finish after SIGTERM")
     replicas: int | None = setting(None, "copies of the model (default: one a GPU)")
     log: bool = setting(True, "write a line of JSON per request to stderr; never what was said")
-    device: str | None = setting(None, "cpu, cuda or mps (default: what there is)")
     dtype: str | None = setting(None, "float32, bfloat16 or int8 (default: see docs/engine.md)")
     speculate: int = setting(0, "tokens guessed at most a step; answers stay the same (0: none)")
 

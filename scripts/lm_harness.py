@@ -16,24 +16,20 @@ from typing import Any
 
 from nanochat import config, errors, runtime
 from nanochat import load as models
-from nanochat.config import setting
+from nanochat.config import DeviceSettings, setting
 from nanochat.errors import UserError
 from nanochat.eval.harness import make_lm
 from nanochat.home import Home, write_text
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(DeviceSettings):
     tasks: str = setting("", "comma-separated names of tasks")
     include: str | None = setting(None, "directory of task files (YAML) of your own")
-    home: str | None = setting(None, "directory of all runs (default: NANOCHAT_HOME, else the user's cache)")
-    tag: str = setting("main", "name of the run")
     stage: str | None = setting(None, "base, mid, sft, dpo or rl (default: the most trained)")
     step: int | None = setting(None, "checkpoint to measure (default: the newest)")
     shots: int | None = setting(None, "examples shown before each question (default: the task's)")
     limit: int | None = setting(None, "examples per task (default: all)")
-    device: str | None = setting(None, "cpu, cuda or mps (default: what there is)")
-    dtype: str | None = setting(None, "float32, bfloat16 or float16 (default: bfloat16 where fast)")
 
 
 def main(argv: list[str] | None = None) -> None:

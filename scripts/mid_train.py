@@ -8,19 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nanochat import config, errors, runtime
-from nanochat.config import setting
+from nanochat.config import StageSettings, setting
 from nanochat.home import Home
 from nanochat.optim.schedule import linear_to_zero, post_training_momentum
-from nanochat.train.finetune import Recipe, tune
+from nanochat.train.finetune import MID_RATES, Finetuning, find_parent, finetune
 from nanochat.train.loop import Rates
 from tasks.mixtures import mixture
 from tasks.train_tasks import open_chosen
 
 
 @dataclass(frozen=True)
-class Settings:
-    home: str | None = setting(None, "directory of all runs (default: NANOCHAT_HOME, else the user's cache)")
-    tag: str = setting("main", "name of the run")
+class Settings(StageSettings):
     seed: int = setting(1, "seed of the mixture and its order")
     mixture: str = setting("speedrun", "which mixture: smoke, cpu-demo, single-gpu or speedrun")
     tasks: str | None = setting(
@@ -32,14 +30,6 @@ class Settings:
     lr_scale: float = setting(1.0, "factor on every learning rate")
     loss_on: str = setting("all", "all: every real token; assistant: assistant tokens only")
     borders: bool = setting(True, "conversations packed into one row do not see each other")
-    device: str | None = setting(None, "cpu, cuda or mps (default: what there is)")
-    dtype: str | None = setting(None, "float32, bfloat16 or float16 (default: bfloat16 where fast)")
-    eval_every: int = setting(150, "optimizer steps between validations (0: never)")
-    sample_every: int = setting(0, "optimizer steps between samples (0: never)")
-    save_every: int = setting(1000, "optimizer steps between checkpoints (0: only the last)")
-    keep: int = setting(2, "newest checkpoints to keep")
-    resume: str = setting("auto", "auto, never, or a step")
-    wandb: str = setting("off", "off, offline or online")
 
 
 PRESETS = {
@@ -50,7 +40,6 @@ PRESETS = {
     "single-gpu": Settings(mixture="single-gpu"),
     "speedrun": Settings(mixture="speedrun", device_batch=8),
 }
-RATES = {"wte_lr": 0.2, "lm_head_lr": 0.004, "matrix_lr": 0.02}
 
 
 def schedule(step: int, num_steps: int) -> Rates:
@@ -61,15 +50,26 @@ def schedule(step: int, num_steps: int) -> Rates:
 def main(argv: list[str] | None = None) -> None:
     cfg = config.parse(Settings, PRESETS, argv, __doc__)
     if cfg.loss_on not in ("all", "assistant"):
-        raise errors.UserError(
-            f"--loss-on must be all or assistant, found {cfg.loss_on!r}", "leave it out for all"
-        )
+        problem = f"--loss-on must be all or assistant, found {cfg.loss_on!r}"
+        raise errors.UserError(problem, "leave it out for all")
     rt = runtime.start(cfg.device, cfg.dtype)
     try:
-        recipe = Recipe("mid", ("base",), cfg.loss_on, warm_optimizer=False, schedule=schedule, rates=RATES)
         home = Home.find(cfg.home)
+        plan = Finetuning(
+            stage="mid",
+            loss_on=cfg.loss_on,
+            schedule=schedule,
+            rates=MID_RATES,
+            epochs=cfg.epochs,
+            batch_tokens=cfg.batch_tokens,
+            device_batch=cfg.device_batch,
+            lr_scale=cfg.lr_scale,
+            seed=cfg.seed,
+            borders=cfg.borders,
+        )
         chosen = open_chosen(cfg.tasks, home, cfg.seed) if cfg.tasks else None
-        tune(recipe, cfg, rt, chosen or mixture("mid", cfg.mixture, cfg.seed, home=home))
+        task = chosen or mixture("mid", cfg.mixture, cfg.seed, home=home)
+        finetune(plan, cfg, rt, find_parent(home, cfg.tag, ["base"]), task)
     finally:
         runtime.close(rt)
 

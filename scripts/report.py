@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 
 from nanochat import config, errors
-from nanochat.config import setting
+from nanochat.config import RunSettings, setting
 from nanochat.home import Home, write_text
 from nanochat.report import answers, page, plots
 from nanochat.report.compare import compare, difference_table, summary_csv
@@ -20,9 +20,7 @@ from nanochat.report.html import html
 
 
 @dataclass(frozen=True)
-class Settings:
-    home: str | None = setting(None, "directory of all runs (default: NANOCHAT_HOME, else the user's cache)")
-    tag: str = setting("main", "name of the run")
+class Settings(RunSettings):
     seed: int = setting(1, "taken as in every script; a report has nothing random")
     price: float | None = setting(None, "dollars per device and hour (default: no cost is shown)")
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from nanochat import config, errors
-from nanochat.config import setting
+from nanochat.config import HubSettings, setting
 from nanochat.data.sources import open_source
 from nanochat.eval.tokenizers import ENGINES, num_bytes, plot, speed, table
 from nanochat.home import Home
@@ -39,16 +39,12 @@ SAMPLES = {
 
 
 @dataclass(frozen=True)
-class Settings:
-    home: str | None = setting(None, "directory of all runs (default: NANOCHAT_HOME, else the user's cache)")
-    tag: str = setting("main", "name of the run")
+class Settings(HubSettings):
     seed: int = setting(1, "seed of the data source")
     data: str = setting("synthetic", "source: synthetic, parquet:DIR, jsonl:FILE, text:PATH, hub:OWNER/NAME")
     max_chars: int = setting(2_000_000, "characters of validation text (0: none)")
     wait: float = setting(10.0, "seconds to wait for an encoding that has to be fetched")
     shards: int | None = setting(None, "training shards to have (hub only; default: all)")
-    offline: bool = setting(False, "open no connection for the data")
-    mirror: str | None = setting(None, "directory or URL that replaces the hub (default: NANOCHAT_MIRROR)")
 
 
 _hub = Settings(data="hub:karpathy/climbmix-400b-shuffle", shards=8)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from nanochat import config, errors, scaling
-from nanochat.config import setting
+from nanochat.config import HubSettings, setting
 from nanochat.data.sources import Source, open_source
 from nanochat.home import Home
 from nanochat.progress import Bar
@@ -29,17 +29,13 @@ CHECK_CHARS = 1_000_000  # of validation text, on which compression is measured
 
 
 @dataclass(frozen=True)
-class Settings:
-    home: str | None = setting(None, "directory of all runs (default: NANOCHAT_HOME, else the user's cache)")
-    tag: str = setting("main", "name of the run")
+class Settings(HubSettings):
     seed: int = setting(1, "seed of the document order")
     data: str = setting("synthetic", "source: synthetic, parquet:DIR, jsonl:FILE, text:PATH, hub:OWNER/NAME")
     vocab_size: int = setting(32768, "tokens, the nine special ones included")
     max_chars: int = setting(2_000_000_000, "characters to train on")
     doc_cap: int = setting(10_000, "characters taken from one document at most")
     shards: int | None = setting(None, "training shards to have (hub only; default: all)")
-    offline: bool = setting(False, "open no connection")
-    mirror: str | None = setting(None, "directory or URL that replaces the hub (default: NANOCHAT_MIRROR)")
 
 
 _hub = Settings(data="hub:karpathy/climbmix-400b-shuffle", shards=8)

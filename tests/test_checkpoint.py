@@ -406,7 +406,7 @@ def test_an_error_at_every_call(tmp_path: Path, code: int, again: bool) -> None:
 def test_death_at_every_call(tmp_path: Path) -> None:
     """The process ends before each call in turn (in a thread-free child; R2's kill)."""
     program = (
-        "import os, shutil, sys; from pathlib import Path; from checkpoint_faults import *\n"
+        "import os, shutil, sys; from pathlib import Path; from helpers.checkpoint_faults import *\n"
         "clean, base, calls = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])\n"
         "for fail_at in range(calls):\n"
         "    root = base / str(fail_at); shutil.copytree(clean, root)\n"

@@ -122,7 +122,7 @@ def test_windows_and_flops() -> None:
 
 def test_shards_hold_the_horizon_once() -> None:
     assert [scaling.num_shards(n) for n in (1, 50_000_000, 50_000_001)] == [2, 2, 3]
-    assert scaling.num_shards(5_838_471_168) == 118 < scaling.num_shards(5_838_471_168, "peer") == 181
+    assert scaling.num_shards(5_838_471_168) == 118 < scaling.num_shards(5_838_471_168, "crop") == 181
 
 
 @pytest.mark.parametrize("world_size", [1, 8])

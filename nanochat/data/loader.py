@@ -172,7 +172,7 @@ class DocumentBatches(Prefetched):
 
     def __init__(
         self, source: Source, tok: Any, *, sequence_len: int, device_batch: int, rt: Any,
-        cursor: dict[str, Any] | None = None, buffer_docs: int = 1000, policy: str = "carry", accum: int = 1,
+        cursor: dict[str, Any] | None = None, buffer_docs: int = 1000, policy: str = "split", accum: int = 1,
     ) -> None:  # fmt: skip
         packer = CropPacker(
             sequence_len + 1, tok.get_bos_token_id(), policy=policy, buffer_pieces=buffer_docs

@@ -18,15 +18,16 @@ from typing import Any
 import numpy as np
 
 MIN_TAIL_TOKENS = 64  # a shorter rest of a cut document teaches less than the BOS and the break cost
-POLICIES = ("carry", "peer")
+POLICIES = ("split", "crop")
+OLD_POLICIES = {"carry": "split", "peer": "crop"}  # as checkpoints of earlier versions say it
 
 
 class CropPacker:
     """Rows of exactly `row_tokens` tokens; every piece in a row starts with BOS.
 
-    carry: a document longer than a row is split when it arrives; when no piece fits, the shortest one that
+    split: a document longer than a row is split when it arrives; when no piece fits, the shortest one that
         leaves a tail of at least `min_tail` tokens is cut and its tail, behind a new BOS, goes back.
-    peer: documents stay whole until the shortest is cut to fill a row; its tail is discarded.
+    crop: documents stay whole until the shortest is cut to fill a row; its tail is discarded.
 
     Exact at any time: tokens_in + bos_added == tokens_out + tokens_dropped + tokens_buffered.
     """
@@ -36,7 +37,7 @@ class CropPacker:
         row_tokens: int,
         bos: int,
         *,
-        policy: str = "carry",
+        policy: str = "split",
         buffer_pieces: int = 1000,
         min_tail: int | None = None,
     ) -> None:
@@ -73,13 +74,13 @@ class CropPacker:
             raise ValueError(f"a document must start with BOS ({self.bos}), got {tokens[:4]}")
         self.counts["documents"] += 1
         self.counts["tokens_in"] += tokens.size
-        if self.policy == "peer":
+        if self.policy == "crop":
             self._insert(tokens)
             return
         self._insert(tokens[: self.row_tokens])
         step = self.row_tokens - 1
         for at in range(self.row_tokens, tokens.size, step):
-            self._carry(tokens[at : at + step])
+            self._add_rest(tokens[at : at + step])
 
     def fill(self, row: np.ndarray) -> int:
         """Write the next row; return its number of tokens, fewer (BOS follow) when the buffer runs dry."""
@@ -92,10 +93,10 @@ class CropPacker:
             else:
                 piece, rest = np.split(self._take(self._to_cut(room)), [room])
                 self.counts["cuts"] += 1
-                if self.policy == "peer":
+                if self.policy == "crop":
                     self.counts["tokens_dropped"] += rest.size
                 else:
-                    self._carry(rest)
+                    self._add_rest(rest)
             row[at : at + piece.size] = piece
             at += piece.size
         row[at:size] = self.bos
@@ -105,12 +106,12 @@ class CropPacker:
 
     def _to_cut(self, room: int) -> int:
         """The length of the piece to cut when none fits into `room`."""
-        if self.policy == "peer":
+        if self.policy == "crop":
             return self._lengths[0]
         index = bisect_left(self._lengths, room + self.min_tail)
         return self._lengths[min(index, len(self._lengths) - 1)]
 
-    def _carry(self, rest: np.ndarray) -> None:
+    def _add_rest(self, rest: np.ndarray) -> None:
         if rest.size < self.min_tail:
             self.counts["tokens_dropped"] += rest.size
             return
@@ -138,9 +139,11 @@ class CropPacker:
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from `state`, bit for bit. Raises ValueError if it was made under another rule."""
-        if state["rule"] != self._rule():
+        rule = dict(state["rule"])
+        rule["policy"] = OLD_POLICIES.get(rule["policy"], rule["policy"])
+        if rule != self._rule():
             raise ValueError(
-                f"the packing buffer was filled under {state['rule']}, this packer follows {self._rule()}"
+                f"the packing buffer was filled under {rule}, this packer follows {self._rule()}"
             )
         self.counts = {name: int(value) for name, value in state["counts"].items()}
         self._lengths = [int(length) for length in state["lengths"]]

@@ -7,7 +7,7 @@ from typing import Any
 
 from nanochat.errors import UserError
 from nanochat.home import Home, read_json
-from nanochat.train.log import read_metrics
+from nanochat.run_dir import read_metrics
 
 TRAINED = ("base", "mid", "sft", "dpo", "rl")  # columns of the summary
 STAGES = (

@@ -13,7 +13,7 @@ from nanochat.report.charts import Bars, Line, bar_chart, line_chart
 from nanochat.report.facts import TRAINED, Facts, StageFacts
 from nanochat.report.page import Table
 from nanochat.report.plots import COLOURS, smooth
-from nanochat.train.log import clock
+from nanochat.run_dir import clock
 
 MARKS = {
     chat.PYTHON_END + chat.OUTPUT_START: " = ", chat.PYTHON_START: "[", chat.PYTHON_END: "] ",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nanochat.report.facts import TRAINED, Facts
-from nanochat.train.log import clock
+from nanochat.run_dir import clock
 
 DASH = "–"
 Table = list[list[str]]  # the first row is the header

@@ -1,4 +1,8 @@
-"""What survives a stop: model, optimizer, RNG, data cursor, loop state, to and from a verified checkpoint."""
+"""Saving and resuming a training run: weights, optimizer, random state, data cursor and loop state.
+
+A resumed run computes the same bits as one that was never stopped. What a verified checkpoint on disk is:
+nanochat.checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,12 @@ import numpy as np
 import torch
 
 from nanochat import checkpoint
+from nanochat.errors import UserError
+from nanochat.run_dir import Stage
 from nanochat.runtime import Runtime
 from nanochat.train.loop import TrainState
+
+MAX_FAILED_SAVES = 3  # in a row, before the run stops
 
 
 def split_arrays(tree: Any, arrays: dict[str, np.ndarray], path: str = "") -> Any:
@@ -99,3 +107,97 @@ def _rng_arrays(rt: Runtime) -> dict[str, np.ndarray]:
 def _python_rng(rt: Runtime) -> list[Any]:
     version, internal, gauss = random.getstate()
     return rt.gather([version, list(internal), gauss])
+
+
+# ---------------------------------------------------------------- resuming
+
+
+def resume(stage: Stage, how: str, model: Any, optimizer: Any, state: TrainState) -> int | None:
+    """Load a checkpoint of this stage into model, optimizer and state; the step resumed from, or None.
+
+    how: "auto" takes the newest good checkpoint, a number that step, "never" none.
+    Raises UserError for another value, for a missing step, and if checkpoints exist but none is good.
+    """
+    if how not in ("auto", "never") and not how.isdigit():
+        raise UserError(
+            f"--resume must be auto, never or a step, found {how!r}",
+            "leave it out to continue where the run stopped",
+        )
+    if how == "never":
+        if checkpoint.list_steps(stage.checkpoints):
+            problem = f"--resume=never, and {stage.checkpoints} already holds checkpoints"
+            raise UserError(problem, "choose another --tag")
+        return None
+    step = _agree_on_step(stage, int(how) if how.isdigit() else None)
+    if step is None:
+        return None
+    found = checkpoint.load(stage.checkpoints, step, repair=False)
+    assert found is not None
+    load_state(found, model, optimizer, state, stage.rt)
+    stage.rt.say(f"{stage.name}: continuing from step {state.step}")
+    return state.step
+
+
+def _agree_on_step(stage: Stage, wanted: int | None) -> int | None:
+    """Rank 0 looks for a good checkpoint and moves damaged ones aside; all ranks learn its step or error."""
+    step, error = None, None
+    if stage.rt.is_main:
+        try:
+            found = checkpoint.load(stage.checkpoints, wanted, repair=True)
+            step = None if found is None else found.step
+        except UserError as problem:
+            error = (problem.problem, problem.hint)
+    step, error = stage.rt.gather((step, error))[0]
+    if error is not None:
+        raise UserError(*error)
+    return step
+
+
+# ---------------------------------------------------------------- saving
+
+
+class Saver:
+    """A hook: save every `save_every` steps, after the last one, and when the run is asked to stop.
+
+    A failed save is only a warning while later ones may still succeed. Keeps the newest `keep` checkpoints,
+    the best one and the one that the run was resumed from.
+    """
+
+    reads_weights = False  # state_dict() waits for weights that are still under way
+
+    def __init__(
+        self,
+        stage: Stage,
+        model: Any,
+        optimizer: Any,
+        *,
+        save_every: int,
+        keep: int,
+        resumed_from: int | None,
+        meta: dict[str, Any],
+    ) -> None:
+        self.stage = stage
+        self.model = model
+        self.optimizer = optimizer
+        self.save_every = save_every
+        self.keep = keep
+        self.protect = () if resumed_from is None else (resumed_from,)
+        self.meta = stage.meta() | meta
+        self.num_failures = 0
+
+    def __call__(self, state: TrainState) -> None:
+        is_last = state.step == state.num_steps or state.stopping
+        if not is_last and (self.save_every == 0 or state.step % self.save_every != 0):
+            return
+        try:
+            save_state(self.stage.checkpoints, self.model, self.optimizer, state, self.stage.rt, self.meta)
+        except checkpoint.SaveFailed as error:
+            self.num_failures += 1
+            if is_last or self.num_failures >= MAX_FAILED_SAVES:
+                problem = f"step {state.step} could not be saved: {error}"
+                raise UserError(problem, "free some space and run the same command again") from error
+            self.stage.rt.say(f"warning: step {state.step} not saved ({error}); training goes on")
+            return
+        self.num_failures = 0
+        if self.stage.rt.is_main:
+            checkpoint.prune(self.stage.checkpoints, keep=self.keep, protect=self.protect)

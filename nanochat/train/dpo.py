@@ -9,7 +9,6 @@ the common loop does it. Letters: B rows, T time.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,23 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from nanochat.config import StageSettings
 from nanochat.data.loader import Batch
 from nanochat.errors import UserError
-from nanochat.gpt import GPTConfig
-from nanochat.load import build
 from nanochat.optim.schedule import linear_to_zero, post_training_momentum
-from nanochat.run_dir import open_stage
 from nanochat.runtime import Runtime
-from nanochat.train.checkpointing import load_model_arrays
-from nanochat.train.finetune import next_optimizer, parent_arrays, split, start_from
-from nanochat.train.hooks import samples
+from nanochat.train.finetune import MID_RATES, Parent, split
 from nanochat.train.loop import Rates, TrainState
 from nanochat.train.policy import log_probs
 from nanochat.train.rollout import Row, blank_batch, make_batch
-from nanochat.train.stages import run_stage
-
-PARENTS = ("sft", "mid")
-RATES = {"wte_lr": 0.2, "lm_head_lr": 0.004, "matrix_lr": 0.02}  # mid-training's
+from nanochat.train.stages import Training, run_stage
 
 
 @dataclass(frozen=True)
@@ -68,35 +60,57 @@ def pair_weights(
 
 
 class PairBatches:
-    """An endless iterator of micro-batches over `pairs`; a step takes `per_step` of them, over all ranks."""
+    """An endless iterator of micro-batches over `pairs`; a step takes `per_step` of them, over all ranks.
+
+    `accum` micro-batches are one step. `results` describe the step whose batches were made last.
+    device_batch: rows, two per pair, of one forward and backward pass.
+    """
 
     def __init__(
-        self, pairs: Sequence[Pair], model: Any, reference: Any, rt: Runtime, *, per_step: int,
-        device_batch: int, beta: float, seed: int, cursor: dict[str, Any] | None = None,
-    ) -> None:  # fmt: skip
-        self.pairs, self.model, self.reference, self.rt = pairs, model, reference, rt
-        self.per_step, self.pairs_each, self.beta, self.seed = per_step, max(1, device_batch // 2), beta, seed
+        self,
+        pairs: Sequence[Pair],
+        model: Any,
+        reference: Any,
+        rt: Runtime,
+        *,
+        per_step: int,
+        device_batch: int,
+        beta: float,
+        seed: int,
+        cursor: dict[str, Any] | None = None,
+    ) -> None:
+        self.pairs = pairs
+        self.model = model
+        self.reference = reference
+        self.rt = rt
+        self.per_step = per_step
+        self.pairs_per_batch = max(1, device_batch // 2)
+        self.beta = beta
+        self.seed = seed
         self.position = 0 if cursor is None else int(cursor["position"])
-        self.accum = math.ceil(math.ceil(per_step / self.pairs_each) / rt.world_size)
-        self.facts: dict[str, float] = {}
+        self.accum = math.ceil(math.ceil(per_step / self.pairs_per_batch) / rt.world_size)
+        self.results: dict[str, float] = {}
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
             yield from self._step()
 
     def _step(self) -> list[Batch]:
-        order, rt = range(self.position, self.position + self.per_step), self.rt
+        """This rank's micro-batches of one optimizer step."""
+        rt, size = self.rt, self.pairs_per_batch
+        positions = range(self.position, self.position + self.per_step)
         self.position += self.per_step
-        chosen = [self.pairs[self._index(p)] for p in order]
-        chunks = [chosen[i : i + self.pairs_each] for i in range(0, len(chosen), self.pairs_each)]
+        chosen = [self.pairs[self._index(position)] for position in positions]
+        chunks = [chosen[i : i + size] for i in range(0, len(chosen), size)]
         sums = torch.zeros(4, dtype=torch.float64)
         batches = []
         for chunk in chunks[rt.rank :: rt.world_size]:
-            batch, found = self.weigh(chunk)
-            sums += found
+            batch, chunk_sums = self.weigh(chunk)
+            sums += chunk_sums
             batches.append(batch)
+        # Every rank computes the same number of micro-batches.
         batches += [blank_batch(rt.device) for _ in range(self.accum - len(batches))]
-        self.facts = _facts(rt.sum(sums.to(rt.device) if rt.world_size > 1 else sums))
+        self.results = mean_results(sums, rt)
         cursor = {"position": self.position}
         batches[-1].resume = lambda: cursor
         return batches
@@ -121,64 +135,122 @@ class PairBatches:
         return batch, found_P4.double().sum(0).cpu()
 
 
-def _facts(sums: torch.Tensor) -> dict[str, float]:
-    loss, right, margin, count = sums.tolist()
+def mean_results(sums_4: torch.Tensor, rt: Runtime) -> dict[str, float]:
+    """Means over all ranks from the sums of loss, right order, margin and pairs."""
+    if rt.world_size > 1:
+        sums_4 = sums_4.to(rt.device)
+    loss, right, margin, count = rt.sum(sums_4).tolist()
     count = max(count, 1)
-    return {"dpo_loss": loss / count, "preferred_frac": right / count, "margin": margin / count}
+    results = {"dpo_loss": loss / count, "preferred_frac": right / count, "margin": margin / count}
+    return {name: round(value, 6) for name, value in results.items()}
 
 
-def prefer(cfg: Any, rt: Runtime, records: Sequence[dict[str, Any]]) -> None:
-    """Train the stage "dpo" on preference records from the newest SFT (or mid) checkpoint."""
-    tok, parent, inputs = start_from(cfg, PARENTS)
-    with open_stage("dpo", cfg, rt, inputs) as stage:
-        if stage.finished:
-            rt.say(f"dpo: already finished, preferred {stage.finished.get('val_preferred_frac')}")
-            return
-        base, shape = parent.meta["recipe"], GPTConfig(**parent.meta["model"])
-        train, held = split(records)
-        encoded = [
-            [p for r in part if (p := encode_pair(r, tok, shape.sequence_len))] for part in (train, held)
-        ]
-        dropped = len(records) - sum(map(len, encoded))
-        if not all(encoded):
-            raise UserError(
-                f"{dropped} of {len(records)} pairs are longer than {shape.sequence_len} tokens, and too few "
-                "are left",
-                "give shorter ones",
-            )
-        model, reference = build(shape, rt), build(shape, rt)
-        for each in (model, reference):
-            load_model_arrays(each, parent_arrays(parent))
-        optimizer = next_optimizer(model, base, cfg.lr_scale, smear_scale=cfg.lr_scale, **RATES)
-        how: dict[str, Any] = {"per_step": cfg.pairs, "device_batch": cfg.device_batch, "beta": cfg.beta}
-        current: list[PairBatches] = []
+# ---------------------------------------------------------------- the stage
 
-        def batches(cursor: dict[str, Any] | None) -> PairBatches:
-            current[:] = [PairBatches(encoded[0], model, reference, rt, seed=cfg.seed, cursor=cursor, **how)]
-            return current[0]
 
-        def record(state: TrainState) -> None:
-            state.metrics.write(step=state.step, **{k: round(v, 6) for k, v in current[0].facts.items()})
+@dataclass(frozen=True)
+class Preference:
+    """How the stage "dpo" trains.
 
-        def evaluate(state: TrainState) -> None:
-            start, looker = time.perf_counter(), PairBatches(encoded[1], model, reference, rt, seed=0, **how)
-            sums = torch.zeros(4, dtype=torch.float64)
-            for i in range(rt.rank, len(encoded[1]), rt.world_size):
-                sums += looker.weigh(encoded[1][i : i + 1])[1]
-            found = _facts(rt.sum(sums.to(rt.device) if rt.world_size > 1 else sums))
-            state.value = found["dpo_loss"]
-            state.best = state.value if state.best is None else min(state.best, state.value)
-            values = {f"val_{k}": round(v, 6) for k, v in found.items()}
-            state.metrics.write(step=state.step, eval_seconds=round(time.perf_counter() - start, 3), **values)
-            rt.say(f"step {state.step}: {values}")
+    Args:
+        pairs_per_step: over all devices.
+        device_batch: rows, two per pair, of one forward and backward pass.
+        beta: how strongly the parent is held on to.
+    """
 
-        first = batches(None)
-        num_steps = max(1, round(len(encoded[0]) * cfg.epochs / cfg.pairs))
-        rt.say(f"dpo: {len(encoded[0]):,} pairs, {dropped} too long, {num_steps} steps of {cfg.pairs} pairs")
-        run_stage(
-            stage, cfg, model, optimizer, batches, num_steps=num_steps, accum=first.accum,
-            schedule=lambda s: Rates(linear_to_zero(s, num_steps), post_training_momentum(s, num_steps)),
-            evaluate=evaluate, sample=samples(model, tok, (), rt), flops_per_token=model.estimate_flops(),
-            recipe=base, first=[record],
-            result={"parent": inputs["parent"], "pairs": len(encoded[0]), "pairs_dropped": dropped},
-        )  # fmt: skip
+    epochs: float
+    pairs_per_step: int
+    device_batch: int
+    beta: float
+    lr_scale: float
+    seed: int
+
+
+def prefer(
+    plan: Preference, settings: StageSettings, rt: Runtime, parent: Parent, records: Sequence[dict[str, Any]]
+) -> None:
+    """Train the stage "dpo" on preference records. settings: see stages.run_stage."""
+
+    def prepare() -> Training:
+        return prepare_preference(plan, rt, parent, records)
+
+    run_stage("dpo", settings, rt, parent.inputs, prepare, result_shown="val_preferred_frac")
+
+
+def prepare_preference(
+    plan: Preference, rt: Runtime, parent: Parent, records: Sequence[dict[str, Any]]
+) -> Training:
+    """Model, reference, batches of pairs and evaluation of the stage."""
+    train, held_out, num_dropped = encode_pairs(records, parent)
+    model = parent.build_model(rt)
+    reference = parent.build_model(rt)
+
+    def pair_batches(pairs: Sequence[Pair], cursor: dict[str, Any] | None) -> PairBatches:
+        return PairBatches(
+            pairs,
+            model,
+            reference,
+            rt,
+            per_step=plan.pairs_per_step,
+            device_batch=plan.device_batch,
+            beta=plan.beta,
+            seed=plan.seed,
+            cursor=cursor,
+        )
+
+    # The batches of the run, made by `batches` and read by the hook.
+    current: list[PairBatches] = []
+
+    def batches(cursor: dict[str, Any] | None) -> PairBatches:
+        current[:] = [pair_batches(train, cursor)]
+        return current[0]
+
+    def record(state: TrainState) -> None:
+        state.metrics.write(step=state.step, **current[0].results)
+
+    def evaluate() -> tuple[float, dict[str, float]]:
+        scorer = pair_batches(held_out, None)
+        sums = torch.zeros(4, dtype=torch.float64)
+        for i in range(rt.rank, len(held_out), rt.world_size):
+            _, pair_sums = scorer.weigh(held_out[i : i + 1])
+            sums += pair_sums
+        results = mean_results(sums, rt)
+        return results["dpo_loss"], {f"val_{name}": value for name, value in results.items()}
+
+    num_steps = max(1, round(len(train) * plan.epochs / plan.pairs_per_step))
+    rt.say(
+        f"dpo: {len(train):,} pairs, {num_dropped} too long, {num_steps} steps of {plan.pairs_per_step} pairs"
+    )
+    return Training(
+        model=model,
+        tok=parent.tok,
+        optimizer=parent.build_optimizer(model, plan.lr_scale, smear_scale=plan.lr_scale, **MID_RATES),
+        batches=batches,
+        num_steps=num_steps,
+        accum=pair_batches(train, None).accum,
+        schedule=lambda step: Rates(linear_to_zero(step, num_steps), post_training_momentum(step, num_steps)),
+        evaluate=evaluate,
+        recipe=parent.recipe,
+        results={"parent": parent.name, "pairs": len(train), "pairs_dropped": num_dropped},
+        first_hooks=[record],
+    )
+
+
+def encode_pairs(records: Sequence[dict[str, Any]], parent: Parent) -> tuple[list[Pair], list[Pair], int]:
+    """(pairs to train on, pairs held out, number of pairs that are too long for the model).
+
+    Raises UserError if too few are left.
+    """
+    longest = parent.config.sequence_len
+    parts = []
+    for part in split(records):
+        encoded = [encode_pair(record, parent.tok, longest) for record in part]
+        parts.append([pair for pair in encoded if pair is not None])
+    train, held_out = parts
+    num_dropped = len(records) - len(train) - len(held_out)
+    if not train or not held_out:
+        raise UserError(
+            f"{num_dropped} of {len(records)} pairs are longer than {longest} tokens, and too few are left",
+            "give shorter ones",
+        )
+    return train, held_out, num_dropped

@@ -1,4 +1,4 @@
-"""Hooks that evaluate and sample. Each is a function of the TrainState; `every` says when it runs."""
+"""Hooks that evaluate and sample. Each is a function of the TrainState; loop.every says when it runs."""
 
 from __future__ import annotations
 
@@ -11,21 +11,29 @@ from nanochat.engine import Engine
 from nanochat.runtime import Runtime
 from nanochat.train.loop import Hook, TrainState
 
+# Compute an evaluation: (the value that should become small, everything that is recorded).
+Evaluate = Callable[[], tuple[float, dict[str, float]]]
 
-def evaluation(key: str, compute: Callable[[], float], rt: Runtime) -> Hook:
-    """Compute a value (lower is better) and record it under `key`; state.best remembers the best one."""
+
+def evaluation(evaluate: Evaluate, rt: Runtime) -> Hook:
+    """Run an evaluation, record its results and print them; state.best remembers the smallest value."""
 
     def hook(state: TrainState) -> None:
         start = time.perf_counter()
-        value = compute()
+        value, results = evaluate()
         seconds = time.perf_counter() - start
+        state.value = value
         if math.isfinite(value) and (state.best is None or value < state.best):
             state.best = value
-        state.value = value
-        state.metrics.write(step=state.step, eval_seconds=round(seconds, 3), **{key: value})
-        rt.say(f"step {state.step}: {key} {value:.5f} ({seconds:.1f} s)")
+        state.metrics.write(step=state.step, eval_seconds=round(seconds, 3), **results)
+        rt.say(f"step {state.step}: {shown(results)} ({seconds:.1f} s)")
 
     return hook
+
+
+def shown(results: dict[str, float]) -> str:
+    """Results as a line of text."""
+    return ", ".join(f"{name} {value:.5f}" for name, value in results.items())
 
 
 def samples(model: Any, tok: Any, prompts: Sequence[str], rt: Runtime, max_tokens: int = 32) -> Hook:
@@ -36,13 +44,13 @@ def samples(model: Any, tok: Any, prompts: Sequence[str], rt: Runtime, max_token
             was_training = model.training
             model.eval()
             ids = [tok.encode(prompt, prepend=tok.get_bos_token_id()) for prompt in prompts]
-            done = Engine(model, tok).complete(ids, max_tokens=max_tokens, temperature=0.0)
-            specials = {tok.encode_special(name) for name in tok.get_special_tokens()}
-            texts = [
-                prompt + tok.decode([i for i in completion.ids if i not in specials])
-                for prompt, completion in zip(prompts, done, strict=True)
-            ]
+            completions = Engine(model, tok).complete(ids, max_tokens=max_tokens, temperature=0.0)
             model.train(was_training)
+            special_ids = {tok.encode_special(name) for name in tok.get_special_tokens()}
+            texts = [
+                prompt + tok.decode([i for i in completion.ids if i not in special_ids])
+                for prompt, completion in zip(prompts, completions, strict=True)
+            ]
             state.metrics.write(step=state.step, samples=texts)
             rt.say("\n".join(f"  | {text.strip()}" for text in texts))
         rt.barrier()

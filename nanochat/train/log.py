@@ -1,37 +1,36 @@
-"""What a run says: metrics.jsonl always, a live bar or plain lines on the console, wandb when asked for."""
+"""What a run records and shows: metrics.jsonl always, a progress bar on rank 0, wandb when asked for."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from nanochat.errors import UserError
+from nanochat.home import write_text
+from nanochat.progress import Bar
+from nanochat.run_dir import clock, read_metrics
 from nanochat.train.loop import TrainState
 
-PLAIN_SECONDS = 5.0  # between two plain lines
-SMOOTHING = 0.95
-WORTH_TELLING = 0.01  # share of a step spent waiting for data
+SMOOTHING = 0.95  # of the loss and the time of a step, for the eye
+WAIT_SHOWN = 0.01  # share of a step spent waiting for data above which it is shown
 
 
 class Metrics:
-    """An append-only metrics.jsonl; a resume cuts the lines after its step, so that each step stands once."""
+    """An append-only metrics.jsonl. On resume at `step` later lines are cut, so that each step stands once.
+
+    path None: nothing is written, as on all ranks but the first.
+    """
 
     def __init__(self, path: Path | None, step: int) -> None:
         self.path = path
         self.rows: list[dict[str, Any]] = []
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_metrics(path) if row["step"] <= step and step > 0]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(temporary, path)
-        self.rows = kept
+        self.rows = [row for row in read_metrics(path) if row["step"] <= step and step > 0]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def write(self, **values: Any) -> None:
         """Append one record; a number that is not finite becomes null."""
@@ -42,7 +41,8 @@ class Metrics:
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-        except OSError as error:  # a full disk must not end the training
+        except OSError as error:
+            # A full disk must not end the training.
             print(f"warning: {self.path.name} not written: {error.strerror}", file=sys.stderr)
 
     def evaluated(self, step: int) -> bool:
@@ -59,19 +59,16 @@ class Metrics:
         return values | ({"loss": sum(losses) / len(losses)} if losses else {})
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a torn last line (a killed run) is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
-
-
 class TrainLog:
-    """A hook: one metrics record a step, and the progress of the run on the console of rank 0."""
+    """A hook: one metrics record per step, and the progress of the run on the console.
+
+    Args:
+        flops_per_token, peak_flops: for the share of the peak of all devices (None: unknown) that is used.
+        wandb: an open wandb run, or None.
+        quiet: nothing on the console, as on all ranks but the first.
+    """
+
+    reads_weights = False
 
     def __init__(
         self,
@@ -83,93 +80,67 @@ class TrainLog:
         wandb: Any = None,
         quiet: bool = False,
     ) -> None:
-        self.metrics, self.name, self.wandb = metrics, name, wandb
-        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.metrics = metrics
+        self.name = name
+        self.flops_per_token = flops_per_token
+        self.peak_flops = peak_flops
+        self.wandb = wandb
+        self.quiet = quiet
         self.smooth_loss: float | None = None
         self.smooth_seconds: float | None = None
-        self.last_line = 0.0
-        self.bar: Any = None
-        self.quiet = quiet
-
-    reads_weights = False
+        self.bar: Bar | None = None
 
     def __call__(self, state: TrainState) -> None:
         per_second = state.step_tokens / max(state.step_seconds, 1e-9)
-        used = None if self.peak_flops is None else per_second * self.flops_per_token / self.peak_flops
-        lr = state.rates.lr_factor if state.rates else None
         row: dict[str, Any] = {
             "step": state.step,
             "loss": state.loss,
             "grad_norm": state.grad_norm,
-            "lr_factor": lr,
-        }
-        row |= {
+            "lr_factor": state.rates.lr_factor if state.rates else None,
             "tokens": state.tokens,
             "seconds": round(state.seconds, 4),
             "wait_seconds": round(state.wait_seconds, 6),
             "tokens_per_second": round(per_second, 1),
         }
-        if used is not None:
-            row["peak_frac"] = round(used, 4)
+        if self.peak_flops is not None:
+            row["peak_frac"] = round(per_second * self.flops_per_token / self.peak_flops, 4)
         if state.skip_reason:
             row["skipped"] = state.skip_reason
         self.metrics.write(**row)
         if self.wandb is not None:
-            self.wandb.log({k: v for k, v in row.items() if k != "step"}, step=state.step)
+            self.wandb.log({name: value for name, value in row.items() if name != "step"}, step=state.step)
         if math.isfinite(state.loss):
-            self.smooth_loss = (
-                state.loss
-                if self.smooth_loss is None
-                else SMOOTHING * self.smooth_loss + (1 - SMOOTHING) * state.loss
-            )
+            self.smooth_loss = smoothed(self.smooth_loss, state.loss)
+        self.smooth_seconds = smoothed(self.smooth_seconds, state.step_seconds)
         if not self.quiet:
-            self._show(state, per_second, used)
+            self._show(state, row)
 
-    def _show(self, state: TrainState, per_second: float, used: float | None) -> None:
-        seconds = state.step_seconds
-        self.smooth_seconds = (
-            seconds
-            if self.smooth_seconds is None
-            else SMOOTHING * self.smooth_seconds + (1 - SMOOTHING) * seconds
-        )
-        share = "" if used is None else f"  {100 * used:.0f}% of peak"
-        left = clock((state.num_steps - state.step) * self.smooth_seconds)
+    def _show(self, state: TrainState, row: dict[str, Any]) -> None:
         loss = state.loss if self.smooth_loss is None else self.smooth_loss
-        waited = state.wait_seconds / max(seconds, 1e-9)
-        wait = f"  waits {100 * waited:.0f}% for data" if waited > WORTH_TELLING and state.step > 1 else ""
-        text = f"loss {loss:.4f}  {per_second:,.0f} tok/s{share}{wait}"
-        if sys.stdout.isatty():
-            if self.bar is None:
-                self.bar = _bar(self.name, state.num_steps)
-            self.bar.update(self.bar.task_ids[0], completed=state.step, text=text, left=left)
-            if state.step == state.num_steps or state.stopping:
-                self.close()
-        elif time.monotonic() - self.last_line > PLAIN_SECONDS or state.step in (1, state.num_steps):
-            self.last_line = time.monotonic()
-            print(f"{self.name} {state.step}/{state.num_steps}  {text}  left {left}", flush=True)
+        speed = f"{row['tokens_per_second']:,.0f} tok/s"
+        parts = [f"{state.step}/{state.num_steps}", f"loss {loss:.4f}", speed]
+        if "peak_frac" in row:
+            parts.append(f"{100 * row['peak_frac']:.0f}% of peak")
+        wait_frac = state.wait_seconds / max(state.step_seconds, 1e-9)
+        if wait_frac > WAIT_SHOWN and state.step > 1:
+            parts.append(f"waits {100 * wait_frac:.0f}% for data")
+        parts.append(f"left {clock((state.num_steps - state.step) * (self.smooth_seconds or 0.0))}")
+        if self.bar is None:
+            self.bar = Bar(self.name, state.num_steps)
+        self.bar.show(state.step, "  ".join(parts))
+        if state.step == state.num_steps or state.stopping:
+            self.close()
 
     def close(self) -> None:
-        """End the live bar, leaving its last line."""
+        """End the progress bar, leaving its last line."""
         if self.bar is not None:
-            self.bar.stop()
+            self.bar.close()
             self.bar = None
 
 
-def _bar(name: str, total: int) -> Any:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn())
-    progress = Progress(*columns, TextColumn("{task.fields[text]}"), TextColumn("left {task.fields[left]}"))
-    progress.add_task(name, total=total, text="", left="")
-    progress.start()
-    return progress
-
-
-def clock(seconds: float) -> str:
-    """90 -> '1:30', 4000 -> '1:06:40'."""
-    whole = int(max(seconds, 0))
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+def smoothed(before: float | None, value: float) -> float:
+    """An exponential moving average."""
+    return value if before is None else SMOOTHING * before + (1 - SMOOTHING) * value
 
 
 def open_wandb(mode: str, run_dir: Path, name: str, settings: dict[str, Any], is_main: bool) -> Any:
@@ -177,14 +148,12 @@ def open_wandb(mode: str, run_dir: Path, name: str, settings: dict[str, Any], is
     if mode == "off" or not is_main:
         return None
     if mode not in ("online", "offline"):
-        raise UserError(
-            f"--wandb must be off, offline or online, found {mode!r}", "leave --wandb out for none"
-        )
+        problem = f"--wandb must be off, offline or online, found {mode!r}"
+        raise UserError(problem, "leave --wandb out for none")
     try:
         import wandb
     except ImportError as error:
-        raise UserError(
-            "--wandb was asked for and the package wandb is not installed", "pip install wandb"
-        ) from error
-    where: dict[str, Any] = {"project": "nanochat", "dir": str(run_dir), "mode": mode}
-    return wandb.init(name=name, config=settings, **where)
+        problem = "--wandb was asked for and the package wandb is not installed"
+        raise UserError(problem, "pip install wandb") from error
+    chosen: Any = mode
+    return wandb.init(project="nanochat", name=name, config=settings, dir=str(run_dir), mode=chosen)

@@ -1,9 +1,8 @@
 """The one training loop. Every stage minimises sum(weight * nll) / num_targets over an iterator of batches.
 
-A step: `accum` micro-batches forward and backward, gradients reduced over ranks, the gate (finite? no
-spike?), update, hooks. num_targets counts the supervised tokens of all micro-batches and ranks, so that any
-split of the same rows gives the same gradient. Left out: what a batch is made of (nanochat.data), what a hook
-does.
+num_targets counts the supervised tokens of all micro-batches and ranks of a step, so that any split of the
+same rows gives the same gradient. What a batch is made of: nanochat.data and train.rollout. What happens
+after a step (log, save, evaluate): hooks.
 """
 
 from __future__ import annotations
@@ -12,12 +11,14 @@ import gc
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nanochat.errors import Interrupted, UserError
 from nanochat.optim import gathers
@@ -29,10 +30,10 @@ from nanochat.optim.schedule import (
     weight_decay_factor,
 )
 from nanochat.runtime import Runtime
-from nanochat.train.guards import Gate, LossScale
-from nanochat.train.watch import Watch
+from nanochat.train.guards import LossScale, RankMonitor, SpikeGuard
 
 MAX_EMPTY_STEPS = 10  # steps in a row without a target (SFT, RL) before it is an error
+COLLECT_STEPS = 1000  # between two garbage collections
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,27 @@ class Rates:
     decay_factor: float = 1.0
 
 
-def pretraining_rates(primer: int, num_steps: int, warmup: int, warmdown: float, step: int) -> Rates:
-    """`primer` steps of lessons (flat, the last 40 % down to zero, no decay), then the documents' rates."""
-    if step < primer:
-        return Rates(linear_to_zero(step, primer, 0.4), post_training_momentum(step, primer), 0.0)
-    k, N = step - primer, num_steps
+def pretraining_rates(
+    num_curriculum_steps: int, num_steps: int, warmup: int, warmdown: float, step: int
+) -> Rates:
+    """The rates of pretraining: those of the warm-up curriculum, then those of the documents.
+
+    The curriculum's rate is constant and falls to zero over its last 40 %, without weight decay.
+    """
+    if step < num_curriculum_steps:
+        momentum = post_training_momentum(step, num_curriculum_steps)
+        return Rates(linear_to_zero(step, num_curriculum_steps, 0.4), momentum, 0.0)
+    step -= num_curriculum_steps
     return Rates(
-        lr_factor(k, N, warmup=warmup, warmdown_frac=warmdown),
-        muon_momentum(k, N, warmdown_frac=warmdown),
-        weight_decay_factor(k, N),
+        lr_factor(step, num_steps, warmup=warmup, warmdown_frac=warmdown),
+        muon_momentum(step, num_steps, warmdown_frac=warmdown),
+        weight_decay_factor(step, num_steps),
     )
 
 
 @dataclass
 class TrainState:
-    """Everything that changes during a run; `to_dict` is what a checkpoint keeps beside tensors."""
+    """Everything that changes during a run; `to_dict` is what a checkpoint keeps besides tensors."""
 
     step: int = 0
     num_steps: int = 0
@@ -67,22 +74,23 @@ class TrainState:
     skipped: int = 0
     empty: int = 0
     resume: Callable[[], dict[str, Any]] | None = None  # makes the data's cursor
-    gate: Gate = field(default_factory=Gate)
+    spike_guard: SpikeGuard = field(default_factory=SpikeGuard)
     loss_scale: LossScale | None = None
     best: float | None = None
     metrics: Any = None  # nanochat.train.log.Metrics
-    # of this step only
+
+    # Of the last step only.
     loss: float = float("nan")
     grad_norm: float = float("nan")
     value: float = float("nan")  # of the newest evaluation
     rates: Rates | None = None
     step_seconds: float = 0.0
-    wait_seconds: float = 0.0  # of them, for data
+    wait_seconds: float = 0.0  # of these, waiting for data
     step_tokens: int = 0
     skip_reason: str | None = None
     stopping: bool = False
 
-    KEPT = ("step", "tokens", "seconds", "skipped", "empty", "best")
+    SAVED = ("step", "tokens", "seconds", "skipped", "empty", "best")
 
     @property
     def cursor(self) -> dict[str, Any] | None:
@@ -90,14 +98,14 @@ class TrainState:
         return None if self.resume is None else self.resume()
 
     def to_dict(self) -> dict[str, Any]:
-        kept: dict[str, Any] = {name: getattr(self, name) for name in self.KEPT}
+        saved: dict[str, Any] = {name: getattr(self, name) for name in self.SAVED}
         scale = None if self.loss_scale is None else self.loss_scale.to_dict()
-        return kept | {"gate": self.gate.to_dict(), "loss_scale": scale}
+        return saved | {"gate": self.spike_guard.to_dict(), "loss_scale": scale}
 
     def load_dict(self, values: dict[str, Any]) -> None:
-        for name in self.KEPT:
+        for name in self.SAVED:
             setattr(self, name, values[name])
-        self.gate = Gate.from_dict(values["gate"])
+        self.spike_guard = SpikeGuard.from_dict(values["gate"])
         self.loss_scale = None if values["loss_scale"] is None else LossScale(**values["loss_scale"])
 
 
@@ -119,46 +127,65 @@ def every(n: int, do: Hook) -> Hook:
 
 
 def reads_weights(hook: Hook, state: TrainState) -> bool:
-    """Whether a hook may look at weights other than by forward passes and state_dict(); if it does not say,
-    yes."""
+    """True if the hook needs up-to-date weights after this step. Defaults to True.
+
+    A forward pass and state_dict() wait for the weights themselves; hooks that use only these may say False.
+    """
     says = getattr(hook, "reads_weights", True)
     return says(state) if callable(says) else says
 
 
 class Signals:
-    """While entered, SIGTERM and SIGINT set `.received`; a second one acts at once."""
+    """While entered, SIGTERM and SIGINT set `.received`; a second one ends the process at once."""
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._before: dict[int, Any] = {}
+        self._handlers_before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._catch)
+                self._handlers_before[number] = signal.signal(number, self._catch)
         except ValueError:  # not the main thread: signals stay as they are
             pass
         return self
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
+        self.__exit__()
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
 
 
-def apply_rates(optimizer: Any, rates: Rates) -> None:
-    """Write one step's rates into the optimizer's groups; weight decay follows only for Muon's."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * rates.lr_factor
-        if group["kind"] == "muon":
-            group["momentum"] = rates.momentum
-            group["weight_decay"] = (
-                group.setdefault("initial_weight_decay", group["weight_decay"]) * rates.decay_factor
-            )
+@contextmanager
+def manual_garbage_collection() -> Iterator[None]:
+    """Python's collector stops every rank now and then; in a long run its pauses cost minutes."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+@contextmanager
+def overlapped_gathers(model: Any, optimizer: Any, rt: Runtime) -> Iterator[None]:
+    """While entered, new weights travel under the next forward pass, if --speed=gather asked for it."""
+    if rt.world_size == 1 or not getattr(model, "overlaps_gathers", False):
+        yield
+        return
+    reason = gathers.why_not(model)
+    if reason is not None:
+        rt.say(f"speed: weights are gathered before the next step, because {reason}")
+        yield
+        return
+    end = gathers.overlap(optimizer, model)
+    yield
+    end()
 
 
 def fit(
@@ -176,125 +203,146 @@ def fit(
 ) -> TrainState:
     """Train from state.step to num_steps. Hooks run in order after every step.
 
-    Raises UserError for a step without targets (unless allow_empty: skipped on all ranks, ten in a row an
-    error) and for a run that diverges; Interrupted after SIGTERM or SIGINT, once the hooks have seen
-    state.stopping.
+    Args:
+        accum: micro-batches per step on each rank.
+        allow_empty: skip a step without targets on all ranks; ten in a row are an error.
+
+    Raises UserError for a step without targets (unless allow_empty), for data that ends too early and for a
+    run that diverges; Interrupted after SIGTERM or SIGINT, once the hooks have seen state.stopping.
     """
     state.num_steps = num_steps
     if rt.dtype == torch.float16 and state.loss_scale is None:
         state.loss_scale = LossScale()
-    rows: Iterator[Any] = iter(batches)
-    watch = Watch(rt)
+    micro_batches = iter(batches)
+    monitor = RankMonitor(rt)
     model.train()
-    gc.collect()
-    gc.freeze()
-    gc.disable()  # its pauses cost minutes in a long run; collected by hand below
-    end_gathers = _overlap_gathers(model, optimizer, rt)
-    try:
-        with Signals() as signals:
-            while state.step < num_steps:
-                with watch.step(state.step):
-                    _step(model, optimizer, rows, accum, schedule(state.step), rt, state, allow_empty, watch)
-                state.step += 1
-                state.stopping = rt.any(signals.received is not None)
-                if rt.world_size > 1 and any(reads_weights(hook, state) for hook in hooks):
-                    optimizer.finish()
-                for hook in hooks:
-                    hook(state)
-                if state.stopping and state.step < num_steps:
-                    who = signals.received or "a signal on another rank"
-                    raise Interrupted(f"{who} at step {state.step}; run the same command to continue")
-                if state.step % 1000 == 0:
-                    gc.collect()
-        end_gathers()
-    finally:
-        gc.enable()
-        gc.unfreeze()
+    with manual_garbage_collection(), overlapped_gathers(model, optimizer, rt), Signals() as signals:
+        while state.step < num_steps:
+            with monitor.step(state.step):
+                start = time.perf_counter()
+                micro = take(micro_batches, accum, state)
+                state.wait_seconds = time.perf_counter() - start
+                train_step(model, optimizer, micro, schedule(state.step), rt, state, allow_empty, monitor)
+                state.step_seconds = time.perf_counter() - start
+                state.seconds += state.step_seconds
+            state.step += 1
+            # A signal on one rank stops all of them after the same step.
+            state.stopping = rt.any(signals.received is not None)
+            if rt.world_size > 1 and any(reads_weights(hook, state) for hook in hooks):
+                optimizer.finish()
+            for hook in hooks:
+                hook(state)
+            if state.stopping and state.step < num_steps:
+                who = signals.received or "a signal on another rank"
+                raise Interrupted(f"{who} at step {state.step}; run the same command to continue")
+            if state.step % COLLECT_STEPS == 0:
+                gc.collect()
     return state
 
 
-def _overlap_gathers(model: Any, optimizer: Any, rt: Runtime) -> Callable[[], None]:
-    """Begin what --speed=gather asks for; returns what ends it."""
-    if rt.world_size == 1 or not getattr(model, "overlaps_gathers", False):
-        return lambda: None
-    reason = gathers.why_not(model)
-    if reason is not None:
-        rt.say(f"speed: weights are gathered before the next step, because {reason}")
-        return lambda: None
-    return gathers.overlap(optimizer, model)
+def take(micro_batches: Iterator[Any], accum: int, state: TrainState) -> list[Any]:
+    """The micro-batches of one step. Raises UserError if the data has ended."""
+    micro = list(islice(micro_batches, accum))
+    if len(micro) < accum:
+        problem = f"the data ended at step {state.step} of {state.num_steps}"
+        raise UserError(problem, "ask for fewer steps or more epochs")
+    state.resume = micro[-1].resume
+    return micro
 
 
-def _step(
+def train_step(
     model: Any,
     optimizer: Any,
-    rows: Iterator[Any],
-    accum: int,
+    micro: list[Any],
     rates: Rates,
     rt: Runtime,
     state: TrainState,
     allow_empty: bool,
-    watch: Watch,
+    monitor: RankMonitor,
 ) -> None:
-    start = time.perf_counter()
-    micro = list(islice(rows, accum))
-    state.wait_seconds = time.perf_counter() - start
-    if len(micro) < accum:
-        raise UserError(
-            f"the data ended at step {state.step} of {state.num_steps}", "ask for fewer steps or more epochs"
-        )
-    watch.mark(state.step, 1)
-    counts = torch.tensor(
-        [sum(b.num_targets for b in micro), sum(b.inputs_BT.numel() for b in micro)], dtype=torch.float64
-    )
-    num_targets, num_tokens = (
-        int(n) for n in rt.sum(counts.to(rt.device) if rt.world_size > 1 else counts).tolist()
-    )
-    state.resume, state.rates, state.skip_reason = micro[-1].resume, rates, None
+    """One optimizer step: gradients of all micro-batches, the sum over ranks, the guard, the update."""
+    monitor.mark(state.step, "computing")
+    num_targets, state.step_tokens = count_tokens(micro, rt)
+    state.tokens += state.step_tokens
+    state.rates = rates
     if num_targets == 0:
-        _skip_empty(state, allow_empty)
+        skip_empty_step(state, allow_empty)
+        return
+    state.empty = 0
+    apply_rates(optimizer, rates)
+
+    # fp16 gradients are scaled up, or small ones would become 0; `reduce` scales them back.
+    loss_scale = 1.0 if state.loss_scale is None else state.loss_scale.value
+    # `reduce` averages over ranks, and each token must count once, however the batch is divided.
+    token_weight = loss_scale * rt.world_size / num_targets
+    loss = accumulate_gradients(model, optimizer, micro, token_weight, rt)
+
+    monitor.mark(state.step, "exchanging gradients")
+    norm = optimizer.reduce(scale=1.0 / loss_scale)
+    state.loss = float(rt.sum(loss)) / (loss_scale * rt.world_size)
+    state.grad_norm = float(norm)
+    state.skip_reason = state.spike_guard.reason_to_skip(state.loss, state.grad_norm)
+    if state.loss_scale is not None:
+        state.loss_scale.update(state.grad_norm)
+    if state.skip_reason is None:
+        optimizer.update()
     else:
-        state.empty = 0
-        apply_rates(optimizer, rates)
-        loss_scale = 1.0 if state.loss_scale is None else state.loss_scale.value
-        unit = loss_scale * rt.world_size / num_targets
-        loss = torch.zeros((), device=rt.device)
-        for batch in micro:
-            hidden = model.hidden(batch.inputs_BT, batch.doc_start_BT)
-            if batch.weights_BT is None:
-                weights_BT = torch.full((), unit, device=rt.device).expand(batch.targets_BT.shape)
-            else:
-                weights_BT = batch.weights_BT * unit
-            part = model.weighted_nll(hidden, batch.targets_BT, weights_BT)
-            if rt.world_size > 1 and batch is micro[-1]:
-                optimizer.overlap()
-            part.backward()
-            loss += part.detach()
-        watch.mark(state.step, 2)
-        norm = optimizer.reduce(scale=1.0 / loss_scale)
-        state.loss = float(rt.sum(loss)) / (loss_scale * rt.world_size)
-        state.grad_norm = float(norm)
-        state.skip_reason = state.gate.judge(state.loss, state.grad_norm)
-        if state.loss_scale is not None:
-            state.loss_scale.update(state.grad_norm)
-        if state.skip_reason is None:
-            optimizer.update()
+        state.skipped += 1
+        rt.say(f"step {state.step}: update skipped, {state.skip_reason}")
+    optimizer.zero_grad(set_to_none=True)
+
+
+def count_tokens(micro: list[Any], rt: Runtime) -> tuple[int, int]:
+    """(targets, tokens) of a step's micro-batches on all ranks."""
+    counts = torch.tensor(
+        [sum(batch.num_targets for batch in micro), sum(batch.inputs_BT.numel() for batch in micro)],
+        dtype=torch.float64,
+    )
+    if rt.world_size > 1:
+        counts = counts.to(rt.device)
+    num_targets, num_tokens = rt.sum(counts).tolist()
+    return int(num_targets), int(num_tokens)
+
+
+def accumulate_gradients(
+    model: Any, optimizer: Any, micro: list[Any], token_weight: float, rt: Runtime
+) -> Tensor:
+    """Forward and backward of each micro-batch; the sum of the weighted losses of this rank."""
+    loss = torch.zeros((), device=rt.device)
+    for batch in micro:
+        hidden_BTD = model.hidden(batch.inputs_BT, batch.doc_start_BT)
+        if batch.weights_BT is None:
+            weights_BT = torch.full((), token_weight, device=rt.device).expand(batch.targets_BT.shape)
         else:
-            state.skipped += 1
-            rt.say(f"step {state.step}: update skipped, {state.skip_reason}")
-        optimizer.zero_grad(set_to_none=True)
-    state.step_tokens, state.tokens = num_tokens, state.tokens + num_tokens
-    state.step_seconds = time.perf_counter() - start
-    state.seconds += state.step_seconds
+            weights_BT = batch.weights_BT * token_weight
+        micro_loss = model.weighted_nll(hidden_BTD, batch.targets_BT, weights_BT)
+        # The gradients of the last micro-batch are final: they travel while the backward pass goes on.
+        if rt.world_size > 1 and batch is micro[-1]:
+            optimizer.overlap()
+        micro_loss.backward()
+        loss += micro_loss.detach()
+    return loss
 
 
-def _skip_empty(state: TrainState, allow_empty: bool) -> None:
+def apply_rates(optimizer: Any, rates: Rates) -> None:
+    """Write one step's rates into the optimizer's groups; only Muon's weight decay follows the schedule."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * rates.lr_factor
+        if group["kind"] == "muon":
+            group["momentum"] = rates.momentum
+            initial_decay = group.setdefault("initial_weight_decay", group["weight_decay"])
+            group["weight_decay"] = initial_decay * rates.decay_factor
+
+
+def skip_empty_step(state: TrainState, allow_empty: bool) -> None:
+    """Count a step that has no supervised token. Raises UserError where that must not be, or not so often."""
     state.empty += 1
+    state.skipped += 1
     state.loss = state.grad_norm = float("nan")
     state.skip_reason = "no supervised token"
-    state.skipped += 1
     if not allow_empty or state.empty >= MAX_EMPTY_STEPS:
-        times = f"{state.empty} steps in a row" if allow_empty else f"step {state.step}"
+        where = f"{state.empty} steps in a row" if allow_empty else f"step {state.step}"
         raise UserError(
-            f"{times} held no token to learn from",
+            f"{where} held no token to learn from",
             "check the data: documents may be empty, conversations may lack assistant turns",
         )

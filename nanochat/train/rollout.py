@@ -135,7 +135,7 @@ def rewards_of(task: Rewarded, conversation: Any, texts: Sequence[str]) -> list[
 class Rollouts:
     """An endless iterator of micro-batches: `plan.accum(world)` of them are one optimizer step.
 
-    `facts` describes the step whose batches were made last, for the metrics. With a `reference` model the
+    `results` describe the step whose batches were made last, for the metrics. With a `reference` model the
     distance from it is measured (and penalised by plan.kl).
     """
 
@@ -153,7 +153,7 @@ class Rollouts:
         self.position = 0 if cursor is None else int(cursor["position"])
         self.update = 0 if cursor is None else int(cursor["update"])
         self.rows: list[Row] = [] if cursor is None else _unpack(cursor["rows"])
-        self.facts: dict[str, float] = {} if cursor is None else dict(cursor.get("facts", {}))
+        self.results: dict[str, float] = {} if cursor is None else dict(cursor.get("facts", {}))
         if not len(task):
             raise ValueError("RL needs at least one question, found none")
 
@@ -164,9 +164,9 @@ class Rollouts:
             yield from self._step()
 
     def cursor(self) -> dict[str, Any]:
-        """Where to go on after the step made last; inside a round its answers and facts come along."""
-        rows, facts = (self.rows, dict(self.facts)) if self.update else ([], {})
-        return {"position": self.position, "update": self.update, "rows": _pack(rows), "facts": facts}
+        """Where to go on after the step made last; inside a round its answers and results come along."""
+        rows, results = (self.rows, dict(self.results)) if self.update else ([], {})
+        return {"position": self.position, "update": self.update, "rows": _pack(rows), "facts": results}
 
     def _write(self) -> None:
         """Ask a round's questions with the present weights; keep up to plan.questions groups that differ."""
@@ -190,7 +190,7 @@ class Rollouts:
             for answer, value in zip(group.answers, values, strict=True)
         ]
         self.rows = sorted(rows, key=lambda row: -len(row.ids))
-        self.facts = _round_facts(asked, len(kept)) | {"rollout_seconds": time.perf_counter() - begun}
+        self.results = _round_results(asked, len(kept)) | {"rollout_seconds": time.perf_counter() - begun}
 
     def _step(self) -> list[Batch]:
         """This rank's micro-batches of one optimizer step, weighted with the present weights."""
@@ -213,9 +213,9 @@ class Rollouts:
         batches += [blank_batch(rt.device) for _ in range(accum - len(batches))]
         if needs_scores:
             tokens, clipped, kl = rt.sum(sums.to(rt.device) if rt.world_size > 1 else sums).tolist()
-            self.facts["clip_frac"] = clipped / max(tokens, 1)
+            self.results["clip_frac"] = clipped / max(tokens, 1)
             if self.reference is not None:
-                self.facts["kl"] = kl / max(tokens, 1)
+                self.results["kl"] = kl / max(tokens, 1)
         self.update = (self.update + 1) % plan.updates
         batches[-1].resume = self.cursor
         return batches
@@ -276,7 +276,7 @@ def blank_batch(device: torch.device) -> Batch:
     return Batch(inputs_BT, targets_BT, weights_BT=torch.zeros((1, 1))).to(device)
 
 
-def _round_facts(groups: Sequence[Group], num_kept: int) -> dict[str, float]:
+def _round_results(groups: Sequence[Group], num_kept: int) -> dict[str, float]:
     rewards = [reward for group in groups for reward in group.rewards]
     answers = [answer for group in groups for answer in group.answers]
     if not rewards:

@@ -40,7 +40,7 @@ def slow_pack(documents, size, min_tail, buffer_pieces, policy):
     buffer, rows, waiting = [], [], list(documents)
 
     def arrive(piece):
-        while policy == "carry" and len(piece) > size:
+        while policy == "split" and len(piece) > size:
             buffer.append(piece[:size])
             piece = [BOS, *piece[size:]]
             if len(piece) - 1 < min_tail:
@@ -60,13 +60,13 @@ def slow_pack(documents, size, min_tail, buffer_pieces, policy):
                 row += best
                 continue
             worth = [piece for piece in buffer if len(piece) >= room + min_tail]
-            if policy == "carry":
+            if policy == "split":
                 best = min(worth, key=len) if worth else max(buffer, key=len)
             else:
                 best = min(buffer, key=len)
             buffer.remove(best)
             row += best[:room]
-            if policy == "carry" and len(best) - room >= min_tail:
+            if policy == "split" and len(best) - room >= min_tail:
                 buffer.append([BOS, *best[room:]])
         rows.append(row)
     return rows
@@ -78,7 +78,7 @@ def slow_pack(documents, size, min_tail, buffer_pieces, policy):
     st.integers(2, 24),
     st.integers(0, 9),
     st.integers(1, 8),
-    st.sampled_from(["carry", "peer"]),
+    st.sampled_from(["split", "crop"]),
 )
 def test_equal_to_the_slow_version(lengths, size, min_tail, buffer_pieces, policy):
     documents = numbered(lengths)
@@ -87,7 +87,7 @@ def test_equal_to_the_slow_version(lengths, size, min_tail, buffer_pieces, polic
 
 
 @quick
-@given(document_lengths, st.integers(2, 24), st.integers(1, 8), st.sampled_from(["carry", "peer"]))
+@given(document_lengths, st.integers(2, 24), st.integers(1, 8), st.sampled_from(["split", "crop"]))
 def test_every_token_is_accounted_for(lengths, size, buffer_pieces, policy):
     documents = numbered(lengths)
     packer = CropPacker(size, BOS, policy=policy, buffer_pieces=buffer_pieces)
@@ -108,7 +108,7 @@ def test_every_token_is_accounted_for(lengths, size, buffer_pieces, policy):
 
 
 @quick
-@given(document_lengths, st.integers(0, 39), st.sampled_from(["carry", "peer"]))
+@given(document_lengths, st.integers(0, 39), st.sampled_from(["split", "crop"]))
 def test_state_restores_bit_for_bit(lengths, stop, policy):
     documents = numbered(lengths * 3)
     straight = CropPacker(16, BOS, policy=policy, buffer_pieces=5)
@@ -134,7 +134,7 @@ def test_refuses_a_state_of_another_rule_and_documents_without_bos():
         CropPacker(16, BOS, policy="greedy")
 
 
-@pytest.mark.parametrize(("policy", "low", "high"), [("carry", 0.0, 0.005), ("peer", 0.30, 0.40)])
+@pytest.mark.parametrize(("policy", "low", "high"), [("split", 0.0, 0.005), ("crop", 0.30, 0.40)])
 def test_waste_on_documents_of_real_lengths(policy, low, high):
     """Log-normal lengths (mu 6.3, sigma 1.1), T = 2048; the first half fills the buffer as it stays."""
     lengths = np.random.default_rng(0).lognormal(6.3, 1.1, 24_000).astype(int) + 1

@@ -14,7 +14,7 @@ from helpers.small_home import save_model
 from helpers.rl_cases import Short
 
 from nanochat.home import Home
-from nanochat.train.log import read_metrics
+from nanochat.run_dir import read_metrics
 from scripts import chat_dpo, chat_rl
 from tasks.reinforce import Goal
 

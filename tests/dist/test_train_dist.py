@@ -14,7 +14,7 @@ import pytest
 from nanochat.corpus import document
 from nanochat.home import Home
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.train.log import read_metrics
+from nanochat.run_dir import read_metrics
 from scripts import base_train
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,8 +17,8 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from nanochat.corpus import document
     from nanochat.home import Home
+    from nanochat.run_dir import read_metrics
     from nanochat.tokenizer import RustBPETokenizer
-    from nanochat.train.log import read_metrics
     from scripts import base_train
 
     torch.set_num_threads(1)

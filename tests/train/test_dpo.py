@@ -13,8 +13,8 @@ from helpers.small_home import TOK, save_model
 
 from nanochat.errors import UserError
 from nanochat.home import Home, read_json
+from nanochat.run_dir import read_metrics
 from nanochat.train.dpo import PairBatches, encode_pair, pair_weights
-from nanochat.train.log import read_metrics
 from nanochat.train.policy import log_probs
 from nanochat.train.rollout import make_batch
 from scripts import chat_dpo

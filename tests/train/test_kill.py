@@ -123,7 +123,7 @@ def outcome(home: Path, tag: str) -> dict[str, Any]:
     """Losses as bits and the hash of the last weights."""
     from nanochat import checkpoint
     from nanochat.home import Home
-    from nanochat.train.log import read_metrics
+    from nanochat.run_dir import read_metrics
 
     found = checkpoint.load(Home(home).checkpoints(tag, "base"), repair=False)
     if found is None or found.step != NUM_STEPS:
@@ -164,7 +164,7 @@ def prepare(home: Path) -> float:
 def serve(home: Path) -> dict[str, Any]:
     from nanochat import checkpoint
     from nanochat.home import Home
-    from nanochat.train.log import read_metrics
+    from nanochat.run_dir import read_metrics
 
     seconds, rng, tags = prepare(home), random.Random(SEED), ["twin"]
     kills = in_saves = lost = most_redone = 0

@@ -20,10 +20,11 @@ from nanochat.data.loader import Batch
 from nanochat.errors import Interrupted, UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.home import Home
+from nanochat.run_dir import clock, read_metrics
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.checkpointing import join_arrays, split_arrays
-from nanochat.train.guards import MAX_SKIPS, WINDOW, Gate, LossScale
-from nanochat.train.log import Metrics, clock, read_metrics
+from nanochat.train.guards import MAX_SKIPS, WINDOW, LossScale, SpikeGuard
+from nanochat.train.log import Metrics
 from nanochat.train.loop import Rates, TrainState, every, fit
 from nanochat.train.stages import wait_frac
 from scripts import base_train, chat_sft, mid_train
@@ -271,20 +272,20 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
-def test_gate_skips_spikes_once_its_window_is_full() -> None:
-    gate = Gate()
+def test_the_guard_skips_spikes_once_its_window_is_full() -> None:
+    guard = SpikeGuard()
     for i in range(WINDOW):
-        assert gate.judge(2.0 + 0.01 * (i % 5), 1.0) is None
-    assert "above its limit" in str(gate.judge(50.0, 1.0))
-    assert "gradient norm" in str(gate.judge(2.0, 50.0))
-    assert Gate.from_dict(gate.to_dict()) == gate
+        assert guard.reason_to_skip(2.0 + 0.01 * (i % 5), 1.0) is None
+    assert "above its limit" in str(guard.reason_to_skip(50.0, 1.0))
+    assert "gradient norm" in str(guard.reason_to_skip(2.0, 50.0))
+    assert SpikeGuard.from_dict(guard.to_dict()) == guard
     assert (
-        gate.judge(2.0, 50.0) is not None and gate.judge(2.0, 50.0) is None
+        guard.reason_to_skip(2.0, 50.0) is not None and guard.reason_to_skip(2.0, 50.0) is None
     )  # three spikes, then a new window
-    assert len(gate.norms) == 1
+    assert len(guard.norms) == 1
     with pytest.raises(UserError, match="in a row"):
         for _ in range(MAX_SKIPS):
-            gate.judge(math.inf, 1.0)
+            guard.reason_to_skip(math.inf, 1.0)
 
 
 def test_loss_scale_halves_and_doubles() -> None:

@@ -16,7 +16,7 @@ from nanochat import load as models
 from nanochat.corpus.numbers import is_held_out
 from nanochat.errors import UserError
 from nanochat.home import Home, read_json
-from nanochat.train.log import read_metrics
+from nanochat.run_dir import read_metrics
 from nanochat.train.rollout import rewards_of
 from scripts import chat_rl
 from tasks.base import reference

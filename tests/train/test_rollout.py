@@ -88,14 +88,14 @@ def test_sampled_from_the_distribution_that_is_scored() -> None:
 def test_groups_of_equal_rewards_are_dropped_counted_and_replaced() -> None:
     flat = rollouts(task=Checksums(1, same=0))
     batches = list(islice(flat, 3))
-    assert [b.num_targets for b in batches] == [0, 0, 0] and flat.facts["same_frac"] == 1.0
+    assert [b.num_targets for b in batches] == [0, 0, 0] and flat.results["same_frac"] == 1.0
     seen = [question_at(p, 6, 1) for p in range(4)]
     some = rollouts(task=Checksums(6, same=seen[0]))
     list(islice(some, 3))
-    assert some.facts["same_frac"] == 0.5 and some.facts["groups"] == 1 and some.position == 2
+    assert some.results["same_frac"] == 0.5 and some.results["groups"] == 1 and some.position == 2
     more = rollouts(RoundPlan(2, 4, 6, 3, refill=3), task=Checksums(6, same=seen[0]))
     list(islice(more, 3))
-    assert more.facts["groups"] == 2 and more.position == 4 and more.facts["questions"] == 4
+    assert more.results["groups"] == 2 and more.position == 4 and more.results["questions"] == 4
 
 
 def test_questions_are_all_asked_once_a_pass() -> None:
@@ -144,12 +144,12 @@ def test_a_cursor_inside_a_round_goes_on_with_its_answers() -> None:
     straight = rollouts(plan, reference=reference)
     rows = iter(straight)
     first = list(islice(rows, 3))
-    assert first[-1].cursor["update"] == 1 and straight.facts["clip_frac"] == 0.0
+    assert first[-1].cursor["update"] == 1 and straight.results["clip_frac"] == 0.0
     arrays: dict[str, Any] = {}
     saved = split_arrays(first[-1].cursor, arrays)
     moved(straight)
     second = list(islice(rows, 3))
-    assert straight.facts["clip_frac"] > 0 and straight.facts["kl"] > 0
+    assert straight.results["clip_frac"] > 0 and straight.results["kl"] > 0
     again = rollouts(plan, reference=reference, cursor=join_arrays(saved, arrays))
     moved(again)
     resumed = list(islice(again, 3))
