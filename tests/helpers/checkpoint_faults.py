@@ -1,8 +1,8 @@
 """Faults for checkpoint code: kill -9 at random, an error at every system call, a power cut after every one.
 
 Used by test_checkpoint.py; `python -m tests.helpers.checkpoint_faults kills --count 2000` runs a campaign by
-hand. A trial never imports torch: a child is forked in milliseconds. Contents are a function of the step, so that
-whatever is loaded can be told from what was meant.
+hand. A trial never imports torch: a child is forked in milliseconds. Contents are a function of the step, so
+that whatever is loaded can be told from what was meant.
 """
 
 from __future__ import annotations
