@@ -31,7 +31,7 @@ from nanochat.hardware import cpu_features, cpu_name
 C_FOLDER = Path(__file__).with_name("c")
 SOURCES = tuple(C_FOLDER / name for name in ("elementwise.c", "attention.c", "muon.c", "matmul.c"))
 # which any of the C files may include
-HEADERS = tuple(C_FOLDER / name for name in ("exponential.h", "pairs.h"))
+HEADERS = tuple(C_FOLDER / name for name in ("common.h", "gemm.h", "exponential.h"))
 COMPILERS = ("cc", "gcc", "clang")
 # Sums may be reordered and products fused; infinities and NaN keep their meaning (so no -ffast-math).
 MATH = ("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros")
@@ -69,6 +69,8 @@ SIGNATURES = {
 }
 TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 
+MAX_ROW = 1 << 15  # values of a row that the C code holds on a thread's stack, three such rows at once
+
 _override: bool | None = None  # False: PyTorch alone; None: the library where it can be built
 
 
@@ -79,6 +81,8 @@ def ready(*tensors: Tensor) -> bool:
         return False
     dtype = tensors[0].dtype
     if dtype not in (torch.float32, torch.bfloat16) or tensors[0].numel() == 0:
+        return False
+    if tensors[0].shape[-1] > MAX_ROW:
         return False
     for x in tensors:  # called a hundred times a step: no generators
         if x.dtype != dtype or not x.is_cpu or not x.is_contiguous():

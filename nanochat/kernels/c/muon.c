@@ -1,96 +1,75 @@
 /* The elementwise parts of Muon on a CPU, each in one pass over a matrix (R x C); nanochat/optim/muon.py has the same in
- * PyTorch. Left out: the matrix products between them, and AdamW, whose one pass torch has.
+ * PyTorch. The products between them are matmul.c's or PyTorch's; AdamW is torch's fused one.
  */
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "common.h"
 
-#define EXPORT __attribute__((visibility("default")))
-#ifdef _OPENMP
-#define ROWS_FOR _Pragma("omp parallel for schedule(static)")
-#else
-#define ROWS_FOR
-#endif
-#define BLOCK 256 /* columns whose sums one thread has */
+#define BLOCK 256 /* columns whose sums one thread computes */
 
-static inline float wide(const void *x, int64_t i, int half) {
-    if (!half) return ((const float *)x)[i];
-    uint32_t bits = (uint32_t)((const uint16_t *)x)[i] << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
+static inline float value_at(const void *x, int64_t i, int is_bf16) {
+    return is_bf16 ? bf16_to_fp32(((const uint16_t *)x)[i]) : ((const float *)x)[i];
 }
 
-/* m += keep (g - m), n = (1 - keep) m + keep g; squares[i]: of row i of n. */
-EXPORT void muon_momentum(const float *g, float *m, float *n, float *squares, int64_t rows, int64_t cols, float keep) {
-    ROWS_FOR
+/* Nesterov momentum: m += rate (g - m), n = (1 - rate) m + rate g with rate = 1 - momentum. squares[i]: of row i of n. */
+EXPORT void muon_momentum(const float *g, float *m, float *n, float *squares, int64_t rows, int64_t cols, float rate) {
+#pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < rows; i++) {
         const float *gi = g + i * cols;
         float *mi = m + i * cols, *ni = n + i * cols, sum = 0;
         for (int64_t j = 0; j < cols; j++) {
-            mi[j] += keep * (gi[j] - mi[j]);
-            ni[j] = (1.0f - keep) * mi[j] + keep * gi[j];
+            mi[j] += rate * (gi[j] - mi[j]);
+            ni[j] = (1.0f - rate) * mi[j] + rate * gi[j];
             sum += ni[j] * ni[j];
         }
         squares[i] = sum;
     }
 }
 
-/* x = scale[i] n, in bf16 (half) or fp32. */
-EXPORT void muon_rows(const float *n, const float *scale, void *x, int64_t rows, int64_t cols, int half) {
-    ROWS_FOR
+/* x = scale[i] n by rows, in bf16 or fp32. */
+EXPORT void muon_rows(const float *n, const float *scale, void *x, int64_t rows, int64_t cols, int is_bf16) {
+#pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < rows; i++) {
         const float *from = n + i * cols, f = scale[i];
-        if (half) {
-            uint16_t *to = (uint16_t *)x + i * cols;
-            for (int64_t j = 0; j < cols; j++) { /* to nearest, ties to even; NaN stays NaN */
-                float value = f * from[j];
-                uint32_t u;
-                memcpy(&u, &value, 4);
-                uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-                to[j] = (uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : rounded);
-            }
-        } else {
-            float *to = (float *)x + i * cols;
-            for (int64_t j = 0; j < cols; j++) to[j] = f * from[j];
-        }
+        if (is_bf16)
+            for (int64_t j = 0; j < cols; j++) ((uint16_t *)x)[i * cols + j] = fp32_to_bf16(f * from[j]);
+        else
+            for (int64_t j = 0; j < cols; j++) ((float *)x)[i * cols + j] = f * from[j];
     }
 }
 
 /* Sums of squares of each row, or of each column. */
-EXPORT void muon_squares(const void *x, float *sums, int64_t rows, int64_t cols, int by_column, int half) {
+EXPORT void muon_squares(const void *x, float *sums, int64_t rows, int64_t cols, int by_column, int is_bf16) {
     if (by_column) {
-        ROWS_FOR
+#pragma omp parallel for schedule(static)
         for (int64_t from = 0; from < cols; from += BLOCK) {
-            int64_t to = from + BLOCK < cols ? from + BLOCK : cols;
+            int64_t to = min_of(from + BLOCK, cols);
             for (int64_t j = from; j < to; j++) sums[j] = 0;
             for (int64_t i = 0; i < rows; i++)
                 for (int64_t j = from; j < to; j++) {
-                    float value = wide(x, i * cols + j, half);
+                    float value = value_at(x, i * cols + j, is_bf16);
                     sums[j] += value * value;
                 }
         }
         return;
     }
-    ROWS_FOR
+#pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < rows; i++) {
         float sum = 0;
         for (int64_t j = 0; j < cols; j++) {
-            float value = wide(x, i * cols + j, half);
+            float value = value_at(x, i * cols + j, is_bf16);
             sum += value * value;
         }
         sums[i] = sum;
     }
 }
 
-/* u = scale x by row or column; w -= lr (u + decay w [u w >= 0]). */
+/* u = scale x by row or column; w -= lr (u + decay w) where the step shrinks w (u w >= 0), else lr u (cautious decay). */
 EXPORT void muon_update(const void *x, const float *scale, float *w, int64_t rows, int64_t cols, float lr, float decay,
-                        int by_column, int half) {
-    ROWS_FOR
+                        int by_column, int is_bf16) {
+#pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < rows; i++) {
         float *wi = w + i * cols;
         for (int64_t j = 0; j < cols; j++) {
-            float u = wide(x, i * cols + j, half) * scale[by_column ? j : i];
+            float u = value_at(x, i * cols + j, is_bf16) * scale[by_column ? j : i];
             wi[j] -= lr * (u + (u * wi[j] >= 0 ? decay * wi[j] : 0.0f));
         }
     }
