@@ -42,11 +42,11 @@ from nanochat import chat_format as chat
 from nanochat import scaling
 from nanochat.corpus import chats
 from nanochat.corpus import documents as synthetic
-from nanochat.engine.continuous_batch import AHEAD, Batch
+from nanochat.engine.continuous_batch import MAX_STEPS, Batch
 from nanochat.engine.engine import Sampling
+from nanochat.engine.inference import InferenceGPT, cpu_dtype
 from nanochat.engine.kv_cache import KVCache
-from nanochat.engine.network import FusedNetwork, cpu_dtype
-from nanochat.engine.sequence import Generation
+from nanochat.engine.sequence import Sequence
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels.decode import kv_dtype
 
@@ -84,18 +84,18 @@ def plain_loop(model: GPT, prompt: list[int], num_tokens: int) -> Iterator[int]:
 
 
 def step_seconds(tokens: Iterator[int], clock: Callable[[], float], device: str) -> float:
-    """Median time of a token after the first; of AHEAD at once where they may come at once (GPUs)."""
+    """Median time of a token after the first; of MAX_STEPS at once where they may come at once (GPUs)."""
     next(tokens)
     times = [clock()]
     for _ in tokens:
         times.append(clock())
-    across = AHEAD if device != "cpu" and len(times) > 2 * AHEAD else 1
+    across = MAX_STEPS if device != "cpu" and len(times) > 2 * MAX_STEPS else 1
     gaps = sorted(b - a for a, b in zip(times, times[across:], strict=False))
     return gaps[len(gaps) // 2] / across
 
 
 def engine_tokens(batch: Batch, prompt: list[int], num_tokens: int) -> Iterator[int]:
-    row = Generation(prompt, num_tokens, Sampling(0.0), frozenset())
+    row = Sequence(prompt, num_tokens, Sampling(0.0), frozenset())
     batch.admit([row])
     while batch.is_running:
         if batch.emit():
@@ -123,7 +123,7 @@ def mixed_requests(vocab: int, context: int, count: int = NUM_REQUESTS) -> list[
 def run_mixed(batch: Batch, requests: list[tuple[list[int], int]], clock: Callable[[], float]) -> float:
     """Tokens a second, prompts' time included."""
     begin = clock()
-    batch.admit([Generation(p, n, Sampling(0.0), frozenset()) for p, n in requests])
+    batch.admit([Sequence(p, n, Sampling(0.0), frozenset()) for p, n in requests])
     while batch.is_running:
         batch.emit()
         batch.compute()
@@ -134,7 +134,7 @@ def first_token_waits(
     batch: Batch, requests: list[tuple[list[int], int]], clock: Callable[[], float]
 ) -> tuple[float, list[float]]:
     """(tokens a second of all, seconds until the first token of each, shortest first)."""
-    rows = [Generation(p, n, Sampling(0.0), frozenset()) for p, n in requests]
+    rows = [Sequence(p, n, Sampling(0.0), frozenset()) for p, n in requests]
     begin, waits = clock(), dict[int, float]()
     batch.admit(rows)
     while batch.is_running:
@@ -175,7 +175,7 @@ def tell(
 ) -> tuple[float, float]:
     """(tokens a second, tokens a forward pass) of a model that answers so: its draws cost what they cost, the
     text decides what comes of them."""
-    row, num_steps = Generation(prompt, len(answer), Sampling(0.0), frozenset()), 0
+    row, num_steps = Sequence(prompt, len(answer), Sampling(0.0), frozenset()), 0
     real = batch_module.sample
 
     def sample(logits: torch.Tensor, settings: object, positions: list[int], *rest: object) -> list[int]:
@@ -258,7 +258,7 @@ def main() -> None:
     on_cpu = args.device == "cpu"
     model.compute_dtype = torch.float32 if on_cpu else torch.bfloat16
     dtype = getattr(torch, args.dtype) if args.dtype else cpu_dtype(model) if on_cpu else torch.bfloat16
-    network = FusedNetwork(model, dtype)
+    network = InferenceGPT(model, dtype)
     rows: list[dict[str, object]] = []
 
     def note(what: str, how: str, **found: object) -> None:
@@ -306,9 +306,9 @@ def main() -> None:
             note("mixed", how, tokens_per_second=round(theirs, 2), ratio=round(ours / theirs, 2), floor=floor)
     if "bandwidth" in args.only:
         prompt = prompt_of(args.context // 4, args.vocab)
-        tokens = engine_tokens(batch_of(1, ahead=1), prompt, args.tokens)
+        tokens = engine_tokens(batch_of(1, max_steps=1), prompt, args.tokens)
         ours, rate = bandwidth(tokens, clock, args.device)
-        kept = kv_dtype(network) if on_cpu else network.dtype
+        kept = kv_dtype(network) if on_cpu else network.compute_dtype
         moved = bytes_per_step(model, dtype, len(prompt) + args.tokens // 2, kept.itemsize)
         note(
             "bandwidth", "engine", step_seconds=round(ours, 6), tokens_per_second=round(1 / ours, 2),

@@ -21,9 +21,9 @@ from nanochat import runtime
 from nanochat.engine.continuous_batch import Batch, PlainBatch
 from nanochat.engine.detokenizer import PartDecoder, parts_of
 from nanochat.engine.engine import Engine, columns, is_ragged
-from nanochat.engine.network import cpu_dtype
+from nanochat.engine.inference import cpu_dtype
 from nanochat.engine.sampling import Sampling
-from nanochat.engine.sequence import Generation
+from nanochat.engine.sequence import Sequence
 from nanochat.errors import UserError
 from nanochat.home import Home, read_json, write_json
 
@@ -55,8 +55,8 @@ def open_engine(
 ) -> Opened:
     """The engine of a stage (None: the most trained one that has a checkpoint). Raises UserError without one.
 
-    dtype None is bfloat16 on a GPU; on a CPU see cpu_dtype. int8 is for the matrices alone (engine.network).
-    speculate: tokens guessed at most a step (engine.lookup).
+    dtype None is bfloat16 on a GPU; on a CPU see cpu_dtype. int8 is for the matrices alone.
+    speculate: draft tokens per step at most (engine.speculate).
     """
     if speculate < 0:
         raise UserError(f"--speculate must be at least 0, found {speculate}", "0 guesses nothing")
@@ -110,7 +110,7 @@ class Session:
         self.system = system
         self.messages: list[dict[str, Any]] = []
         self.num_left_out = 0  # oldest messages that the last prompt had no room for
-        self.last: Generation | None = None
+        self.last: Sequence | None = None
         self.last_seconds = 0.0
         self._num_replies = 0
         self._batch: Batch | None = None
@@ -175,7 +175,7 @@ class Session:
         """The batch whose cache still holds the conversation; a new one for a model that cannot share."""
         if not is_ragged(self.engine.model):
             return self.engine.open_batch(1, length)
-        if self._batch is None or self._batch.runner.network is not self.engine.network():
+        if self._batch is None or self._batch.runner.model is not self.engine.network():
             opened = self.engine.open_batch(1, self.engine.context)
             assert isinstance(opened, Batch)
             self._batch = opened

@@ -8,11 +8,10 @@ ids up to its end, so a full block can serve every sequence that begins with the
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, abc
 from dataclasses import dataclass, field
 
-from nanochat.engine.sequence import Generation
+from nanochat.engine.sequence import Sequence
 
 DUMMY = 0
 Copy = tuple[int, int, int]  # group, from block, to block
@@ -22,48 +21,28 @@ Copy = tuple[int, int, int]  # group, from block, to block
 class Node:
     """One full block's worth of ids after a known prefix, and the block of each group that holds it."""
 
-    key: tuple[str | int, tuple[int, ...]]  # (parent's serial, or the salt at the root; ids)
+    key: tuple[str | int, tuple[int, ...]]  # (parent's serial, or the cache_namespace at the root; ids)
     serial: int
     blocks: list[int | None]
 
 
 @dataclass
 class Pool:
-    """The blocks of one group of layers. window: how far back they see, None for everything.
-
-    Row r would like to have block i at 1 + r * row_blocks + i % row_blocks: blocks that lie side by side are
-    read without a copy.
-    """
+    """The blocks of one group of layers. window: how far back they see, None for everything."""
 
     num_blocks: int
     window: int | None = None
-    row_blocks: int = 1
     refs: list[int] = field(init=False)
     free: OrderedDict[int, None] = field(init=False)  # least recently used first
     node_of: dict[int, Node] = field(init=False, default_factory=dict)
-    freed_at: list[int] = field(init=False)
-    clock: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.refs = [1] + [0] * (self.num_blocks - 1)
         self.free = OrderedDict.fromkeys(range(1, self.num_blocks))
-        self.freed_at = [0] * self.num_blocks
 
-    def home(self, row: int, index: int) -> int:
-        """The block that entry `index` of a row's table would like to be."""
-        return 1 + row * self.row_blocks + index % self.row_blocks
-
-    def choose(self, row: int, index: int) -> int:
-        """A free block for entry `index` of a row's table: its home, unless that holds a prefix of the more
-        recent half; else the least recently used.
-        """
-        wanted = self.home(row, index)
-        oldest = next(iter(self.free))
-        if wanted in self.free and (
-            wanted not in self.node_of or 2 * self.freed_at[wanted] <= self.freed_at[oldest] + self.clock
-        ):
-            return wanted
-        return oldest
+    def choose(self) -> int:
+        """The free block that has not been used for the longest time."""
+        return next(iter(self.free))
 
     def take(self, block: int) -> None:
         """One more reference."""
@@ -78,8 +57,6 @@ class Pool:
         assert self.refs[block] > 0, f"block {block} is free already"
         self.refs[block] -= 1
         if self.refs[block] == 0:
-            self.clock += 1
-            self.freed_at[block] = self.clock
             self.free[block] = None
 
     def live_from(self, num_computed: int, block_size: int) -> int:
@@ -90,7 +67,7 @@ class Pool:
 class BlockManager:
     """The tables of all sequences. Group 0 sees everything; the others are windows."""
 
-    def __init__(self, pools: Sequence[Pool], block_size: int) -> None:
+    def __init__(self, pools: abc.Sequence[Pool], block_size: int) -> None:
         assert pools[0].window is None
         self.pools, self.block_size = list(pools), block_size
         self._index: dict[tuple[str | int, tuple[int, ...]], Node] = {}
@@ -112,7 +89,7 @@ class BlockManager:
 
     # ------------------------------------------------------------------ a sequence's life
 
-    def attach(self, sequence: Generation) -> None:
+    def attach(self, sequence: Sequence) -> None:
         """Give a sequence without blocks the longest known prefix; at least one token is left to compute."""
         nodes = self._match(sequence) if sequence.prompt_top_logprobs is None else []
         sequence.nodes, sequence.num_computed = nodes, len(nodes) * self.block_size
@@ -129,7 +106,7 @@ class BlockManager:
         self.num_hit += sequence.num_computed
         sequence.num_cached = max(sequence.num_cached, min(sequence.num_computed, len(sequence.prompt)))
 
-    def has_room(self, sequence: Generation, stop: int, kept_frac: float) -> bool:
+    def has_room(self, sequence: Sequence, stop: int, kept_frac: float) -> bool:
         """Whether its known tokens (in windows: those before `stop`) fit beside a share that stays free."""
         return all(
             len(pool.free) - self._missing(sequence, sequence.num_tokens if group == 0 else stop, group)
@@ -137,7 +114,7 @@ class BlockManager:
             for group, pool in enumerate(self.pools)
         )
 
-    def reserve(self, sequence: Generation, stop: int, copies: list[Copy]) -> bool:
+    def reserve(self, sequence: Sequence, stop: int, copies: list[Copy]) -> bool:
         """Blocks of its own for positions num_computed .. stop - 1; False, and nothing done, if they lack.
 
         A partial block that others read too is replaced: `copies` says which to copy before the step.
@@ -150,29 +127,19 @@ class BlockManager:
         for group, pool in enumerate(self.pools):
             table = sequence.tables[group]
             if tail < len(table) and pool.refs[table[tail]] > 1:
-                block = self._new(group, sequence.row, tail)
+                block = self._new(group)
                 copies.append((group, table[tail], block))
                 pool.drop(table[tail])
                 table[tail] = block
             while len(table) < self.blocks_for(stop):
-                table.append(self._new(group, sequence.row, len(table)))
-        self._note_strays(sequence, tail if sequence.strays else 0)
+                table.append(self._new(group))
         return True
 
-    def _note_strays(self, sequence: Generation, first: int) -> None:
-        """strays[group]: the last entry that is not at home, -1 for none; `first`: where the news begin."""
-        sequence.strays = sequence.strays or [-1] * len(self.pools)
-        for group, pool in enumerate(self.pools):
-            table, row = sequence.tables[group], sequence.row
-            away = [i for i in range(first, len(table)) if table[i] != pool.home(row, i)]
-            known = sequence.strays[group] if sequence.strays[group] < first else -1
-            sequence.strays[group] = max([known, *away])
-
-    def computed(self, sequence: Generation) -> None:
+    def computed(self, sequence: Sequence) -> None:
         """Register the blocks that are full now, and let go of those that no window reaches any more."""
         size = self.block_size
         for i in range(len(sequence.nodes), sequence.num_computed // size):
-            parent = sequence.nodes[-1].serial if sequence.nodes else sequence.salt
+            parent = sequence.nodes[-1].serial if sequence.nodes else sequence.cache_namespace
             key = parent, tuple(sequence.tokens(i * size, (i + 1) * size))
             node = self._index.get(key)
             if node is None:
@@ -190,15 +157,15 @@ class BlockManager:
                 table[i] = DUMMY
             sequence.live_from[group] = live
 
-    def release(self, sequence: Generation) -> None:
+    def release(self, sequence: Sequence) -> None:
         """Take all blocks back, the tail first, so that the ends of prefixes are the first to be reused."""
         for pool, table in zip(self.pools, sequence.tables, strict=bool(sequence.tables)):
             for block in reversed(table):
                 pool.drop(block)
-        sequence.tables, sequence.nodes, sequence.live_from, sequence.strays = [], [], [], []
+        sequence.tables, sequence.nodes, sequence.live_from = [], [], []
         sequence.num_computed = 0
 
-    def fork(self, source: Generation, target: Generation) -> None:
+    def fork(self, source: Sequence, target: Sequence) -> None:
         """Let `target`, which has the same tokens, share all of the source's blocks, the partial one too."""
         target.tables = [list(table) for table in source.tables]
         target.nodes, target.live_from = list(source.nodes), list(source.live_from)
@@ -210,14 +177,14 @@ class BlockManager:
 
     # ------------------------------------------------------------------ inside
 
-    def _missing(self, sequence: Generation, stop: int, group: int) -> int:
+    def _missing(self, sequence: Sequence, stop: int, group: int) -> int:
         table, tail = sequence.tables[group], sequence.num_computed // self.block_size
         is_shared = tail < len(table) and self.pools[group].refs[table[tail]] > 1
         return max(0, self.blocks_for(stop) - len(table)) + is_shared
 
-    def _new(self, group: int, row: int, index: int) -> int:
+    def _new(self, group: int) -> int:
         pool = self.pools[group]
-        block = pool.choose(row, index)
+        block = pool.choose()
         node = pool.node_of.pop(block, None)
         if node is not None:
             node.blocks[group] = None
@@ -226,10 +193,10 @@ class BlockManager:
         pool.take(block)
         return block
 
-    def _match(self, sequence: Generation) -> list[Node]:
+    def _match(self, sequence: Sequence) -> list[Node]:
         """The longest chain of known blocks, each group holding what the next position will see."""
         size, nodes, usable = self.block_size, list[Node](), 0
-        parent: str | int = sequence.salt
+        parent: str | int = sequence.cache_namespace
         tokens = sequence.tokens(0, sequence.num_tokens)
         held = [0] * len(self.pools)  # how many of the last nodes each group has without a gap
         for i in range((len(tokens) - 1) // size):

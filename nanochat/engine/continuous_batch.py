@@ -7,34 +7,39 @@ seed and settings alone. Letters: B rows, N tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import abc
 from typing import Any
 
 import torch
 
 from nanochat.engine.block_manager import BlockManager, Copy
+from nanochat.engine.inference import prepare
 from nanochat.engine.kv_cache import KVCache
-from nanochat.engine.model_runner import BLOCK_SIZE, Runner, pools_for
-from nanochat.engine.network import Network, network_of
+from nanochat.engine.model_runner import BLOCK_SIZE, ModelRunner, make_pools
 from nanochat.engine.sampling import Draws, sample, top_logprobs
 from nanochat.engine.scheduler import TOKEN_BUDGET, Chunk, Scheduler
-from nanochat.engine.sequence import Generation
+from nanochat.engine.sequence import Sequence
 
-AHEAD = 8  # a stop wastes 3.5 tokens of its row on average, and newcomers wait for so many at most
-SCORED_AT_ONCE = 128  # tokens of a prompt: their logits take 16 MB with 32,768 ids
+# Multi-step decoding: up to 8 steps per host synchronisation. A stop wastes 3.5 tokens of its row on average,
+# and a new sequence waits for 8 steps at most.
+MAX_STEPS = 8
+# Tokens of a prompt that are scored at a time: their logits take 16 MB with 32,768 ids.
+SCORED_AT_ONCE = 128
 
 
 class Batch:
-    """Up to num_rows sequences of up to `context` tokens of a model with GPT's `forward_hidden`.
+    """Continuous batching for a model with GPT's `forward_hidden`.
 
-    network: the model made ready by somebody who keeps it (else it is made here, weights cast once).
-    token_budget: tokens computed in a step at most. num_blocks: of the cache, 16 tokens each (default: enough
-    for all rows at their longest); with fewer, sequences that do not fit wait, the newest are computed anew.
-    in_bursts: forced text, and guesses that were right, appear in one emit, not a token an emit.
-    speculate: tokens guessed at most a step and row (nanochat.engine.speculate), 0 for none. What is
-    drawn does
-    not depend on it: a guess is kept where it is the token drawn anyway.
-    ahead: tokens of every row drawn at most before the host reads them, where steps are graphs (GPUs).
+    Args:
+        num_rows, context: up to this many sequences of up to `context` tokens run at once.
+        network: the model prepared for inference (inference.prepare), if the caller keeps it.
+        token_budget: tokens computed in a step at most.
+        num_blocks: blocks of 16 tokens in the cache (default: enough for all rows at their longest). With
+            fewer, sequences that do not fit wait, and the newest are preempted and computed again.
+        in_bursts: forced text and accepted draft tokens appear in one `emit`, not one token per `emit`.
+        speculate: draft tokens per step and row at most (nanochat.engine.speculate). The output does not
+            depend on it: a draft token is accepted if it is the token that is drawn anyway.
+        max_steps: steps per host synchronisation at most, where steps are graphs (GPUs).
     """
 
     def __init__(
@@ -43,27 +48,30 @@ class Batch:
         num_rows: int,
         context: int,
         *,
-        network: Network | None = None,
+        network: Any = None,
         token_budget: int = TOKEN_BUDGET,
         num_blocks: int | None = None,
         in_bursts: bool = False,
         speculate: int = 0,
-        ahead: int = AHEAD,
+        max_steps: int = MAX_STEPS,
     ) -> None:
         if speculate < 0:
             raise ValueError(f"speculate must be at least 0 tokens, found {speculate}")
-        self.num_rows, self.in_bursts, self.speculate, self.ahead = num_rows, in_bursts, speculate, ahead
-        pools = pools_for(model.config, num_rows, context, token_budget, num_blocks, BLOCK_SIZE)
+        self.num_rows = num_rows
+        self.in_bursts = in_bursts
+        self.speculate = speculate
+        self.max_steps = max_steps
+        pools = make_pools(model.config, num_rows, context, token_budget, num_blocks)
         self.blocks = BlockManager(pools, BLOCK_SIZE)
         self.scheduler = Scheduler(self.blocks, num_rows, token_budget)
-        self.runner = Runner(network or network_of(model), model.config, pools, model.get_device())
-        self._ready: dict[
-            Generation, list[torch.Tensor]
-        ] = {}  # logits (V,) of rows that can draw, one a draw
-        self._stacked_BV: torch.Tensor | None = None  # the same as one tensor, while it is
+        self.runner = ModelRunner(network or prepare(model), pools, model.get_device())
+        # Logits (V,) of rows that can draw, one for each draw.
+        self._ready: dict[Sequence, list[torch.Tensor]] = {}
+        # The same as one tensor, as long as no row has left or joined.
+        self._stacked_BV: torch.Tensor | None = None
 
     @property
-    def rows(self) -> list[Generation]:
+    def rows(self) -> list[Sequence]:
         """Sequences that have not ended, waiting ones too."""
         everyone = [*self.scheduler.running, *self.scheduler.waiting]
         return [row for row in everyone if row.finish_reason is None]
@@ -77,19 +85,19 @@ class Batch:
     def is_running(self) -> bool:
         return bool(self.rows)
 
-    def admit(self, generations: Sequence[Generation]) -> None:
+    def admit(self, sequences: abc.Sequence[Sequence]) -> None:
         """Queue sequences; more than there is room for wait. Equal prompts are computed once.
 
         Raises ValueError for a prompt that could never fit into the cache.
         """
-        leaders: dict[tuple, Generation] = {}
-        for generation in generations:
-            self.scheduler.add(generation)
-            if generation.prompt_top_logprobs is None:
-                leader = leaders.setdefault((generation.salt, tuple(generation.prompt)), generation)
-                generation.leader = None if leader is generation else leader
+        leaders: dict[tuple, Sequence] = {}
+        for sequence in sequences:
+            self.scheduler.add(sequence)
+            if sequence.prompt_top_logprobs is None:
+                leader = leaders.setdefault((sequence.cache_namespace, tuple(sequence.prompt)), sequence)
+                sequence.leader = None if leader is sequence else leader
 
-    def emit(self) -> list[Generation]:
+    def emit(self) -> list[Sequence]:
         """Give a token to every row that can have one; returns those rows.
 
         A row leaves when it has ended, or somebody else has set its finish_reason.
@@ -97,28 +105,28 @@ class Batch:
         running = [row for row in self.scheduler.running if row.finish_reason is None]
         forced = [row for row in running if row.forced]
         drawing = [row for row in self._ready if row.finish_reason is None and not row.forced]
-        known = [row for row in running if row.ahead and not row.forced]
+        known = [row for row in running if row.pending and not row.forced]
         for row in forced:
             row.take(-1)
         for row in known:
-            self._take_ahead(row)
+            self._take_pending(row)
         still = self._draw(drawing)
         if self.in_bursts:
             while still:
                 still = self._draw(still)
             for row in [*drawing, *known]:
-                while row.ahead:
-                    self._take_ahead(row)
+                while row.pending:
+                    self._take_pending(row)
                 while row.forced and row.finish_reason is None:
                     row.take(-1)
         self.scheduler.sweep()
         return [*forced, *known, *drawing]
 
-    def _take_ahead(self, row: Generation) -> None:
-        row.take_ahead()
+    def _take_pending(self, row: Sequence) -> None:
+        row.take_pending()
         self.blocks.computed(row)
 
-    def _draw(self, rows: list[Generation]) -> list[Generation]:
+    def _draw(self, rows: list[Sequence]) -> list[Sequence]:
         """A token for each of these rows; returns those that can draw the next one at once."""
         if rows:
             if self._stacked_BV is None or len(self._stacked_BV) != len(rows):
@@ -137,27 +145,26 @@ class Batch:
 
     def compute(self) -> None:
         """Run the model on what is known and not computed: next tokens, prompts, forced text."""
-        if any(row.ahead and row.finish_reason is None for row in self.scheduler.running):
-            return  # what is known ahead is shown first
+        if any(row.pending and row.finish_reason is None for row in self.scheduler.running):
+            return  # pending tokens are shown first
         if self.speculate:
             for row in self.scheduler.running:
                 if row not in self._ready:
                     row.propose(self.speculate)
         chunks, copies = self.scheduler.schedule()
         self._ready = {row: logits for row, logits in self._ready.items() if row.row >= 0}
-        if not chunks or self._goes_ahead(chunks, copies):
+        if not chunks or self._decode_several_steps(chunks, copies):
             return
         hidden_ND = self.runner.run(chunks, copies)
-        ends, at = (
-            list[tuple[Generation, int]](),
-            0,
-        )  # one entry a draw: the row, its place among the N tokens
+        # One entry for each draw: the row, and the place of its last token among the N tokens.
+        ends = list[tuple[Sequence, int]]()
+        at = 0
         for chunk in chunks:
-            if chunk.generation.prompt_logprobs is not None:
+            if chunk.sequence.prompt_logprobs is not None:
                 self._score_prompt(chunk, hidden_ND[at : at + chunk.stop - chunk.start])
             at += chunk.stop - chunk.start
-            if chunk.stop - chunk.num_drafted == chunk.generation.num_tokens:
-                ends += [(chunk.generation, n) for n in range(at - 1 - chunk.num_drafted, at)]
+            if chunk.stop - chunk.num_drafted == chunk.sequence.num_tokens:
+                ends += [(chunk.sequence, n) for n in range(at - 1 - chunk.num_drafted, at)]
         forks = self.scheduler.computed(chunks)
         self.scheduler.sweep()  # a prompt that was only to be scored
         ends = [(row, n) for row, n in ends if row.finish_reason is None]
@@ -171,30 +178,31 @@ class Batch:
         self._ready |= {follower: list(self._ready[leader]) for leader, follower in forks}
         self._stacked_BV = logits_BV if is_all and len(self._ready) == len(ends) else None
 
-    def _goes_ahead(self, chunks: list[Chunk], copies: list[Copy]) -> bool:
-        """Draw several tokens of every row without reading them in between, where a graph of the step is had,
-        nobody waits and no row needs the host before its next token.
+    def _decode_several_steps(self, chunks: list[Chunk], copies: list[Copy]) -> bool:
+        """Multi-step decoding: draw several tokens of every row without reading them in between.
+
+        Possible where the step is a graph, no sequence waits and no row needs the host before its next token.
         """
-        rows = [chunk.generation for chunk in chunks]
-        steps = min(self.ahead, *(row.limit - len(row.output) for row in rows))
+        rows = [chunk.sequence for chunk in chunks]
+        steps = min(self.max_steps, *(row.limit - len(row.output) for row in rows))
         is_plain = all(
             chunk.stop - chunk.start == 1 and chunk.stop == row.num_tokens and row.output and row.is_plain
             for chunk, row in zip(chunks, rows, strict=True)
         )
         if steps < 2 or not is_plain or self._ready or self.scheduler.waiting:
             return False
-        if not self.runner.has_graphs or not self.scheduler.reserve_ahead(chunks, steps, copies):
+        if not self.runner.has_graphs or not self.scheduler.reserve_steps(chunks, steps, copies):
             return False
         positions = [row.num_tokens for row in rows]
         settings = [row.sampling for row in rows]
-        draws = Draws(settings, positions, steps, self.runner.device, self.runner.vocab)
-        found = self.runner.ahead(chunks, copies, draws, steps)
+        draws = Draws(settings, positions, steps, self.runner.device, self.runner.vocab_size)
+        found = self.runner.draw_steps(chunks, copies, draws, steps)
         if found is None:
             return False
         copies.clear()
         self.scheduler.computed(chunks)
         for row, tokens in zip(rows, found, strict=True):
-            row.ahead.extend(tokens)
+            row.pending.extend(tokens)
         return True
 
     def forget(self) -> None:
@@ -203,7 +211,7 @@ class Batch:
 
     def _score_prompt(self, chunk: Chunk, hidden_ND: torch.Tensor) -> None:
         """Log-probabilities of the prompt's tokens that follow the chunk's, some rows of logits at a time."""
-        row = chunk.generation
+        row = chunk.sequence
         assert row.prompt_logprobs is not None
         stop = min(chunk.stop, len(row.prompt) - 1)
         for position in range(len(row.prompt_logprobs) - 1, stop, SCORED_AT_ONCE):
@@ -217,7 +225,7 @@ class Batch:
             row.finish_reason = "length"
 
 
-def choose(rows: Sequence[Generation], logits_BV: torch.Tensor) -> None:
+def choose(rows: abc.Sequence[Sequence], logits_BV: torch.Tensor) -> None:
     """Give each row a token drawn from its logits; forced tokens come first where they wait."""
     tokens = sample(
         logits_BV,
@@ -244,7 +252,7 @@ class PlainBatch:
 
     def __init__(self, model: Any, num_rows: int, context: int) -> None:
         self.model, self.num_rows, self.context = model, num_rows, context
-        self.rows: list[Generation] = []
+        self.rows: list[Sequence] = []
         self._cache = self._new_cache(1)
         self._logits_BV: torch.Tensor | None = None
 
@@ -253,18 +261,18 @@ class PlainBatch:
         return any(row.finish_reason is None for row in self.rows)
 
     @torch.no_grad()
-    def admit(self, generations: Sequence[Generation]) -> None:
+    def admit(self, sequences: abc.Sequence[Sequence]) -> None:
         """Compute the prompt, which all share, and copy its cache to every row. Once only."""
-        assert not self.rows and len({tuple(g.prompt) for g in generations}) == 1
-        self.rows = list(generations)
-        self._forward([generations[0].prompt])
+        assert not self.rows and len({tuple(g.prompt) for g in sequences}) == 1
+        self.rows = list(sequences)
+        self._forward([sequences[0].prompt])
         if len(self.rows) > 1:
             prefilled, self._cache = self._cache, self._new_cache(len(self.rows))
             self._cache.prefill(prefilled)
             assert self._logits_BV is not None
             self._logits_BV = self._logits_BV.expand(len(self.rows), -1)
 
-    def emit(self) -> list[Generation]:
+    def emit(self) -> list[Sequence]:
         """Give every row that runs its next token; returns those rows."""
         assert self._logits_BV is not None
         running = [b for b, row in enumerate(self.rows) if row.finish_reason is None]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 import nanochat.flash_attention as fa
+from nanochat.engine.inference import forward_tokens
 from nanochat.engine.kv_cache import PagedCache
-from nanochat.engine.network import Network
 from nanochat.engine.sampling import Draws
 from nanochat.engine.scheduler import Chunk
 from nanochat.flash_attention.cache import Cache
@@ -70,7 +70,7 @@ def blocks_of(count: int) -> int:
 
 
 class StaticSteps:
-    """Graphs of one network over one paged cache, captured when first needed.
+    """Graphs of one model over one paged cache, captured when first needed.
 
     place: layer -> (group, index within it); windows by group, -1 for everything. A step is (hidden (n, D),
     logits (n, V)) of n <= most rows, or None for what must run another way.
@@ -78,7 +78,7 @@ class StaticSteps:
 
     def __init__(
         self,
-        network: Network,
+        model: Any,
         cache: PagedCache,
         place: dict[int, tuple[int, int]],
         windows: Sequence[int],
@@ -87,8 +87,14 @@ class StaticSteps:
         capture: Capture = CudaGraph,
         most: int = 256,
     ) -> None:
-        self.network, self.cache, self.place, self.windows = network, cache, place, windows
-        self.num_kv_heads, self.device, self.capture, self.most = num_kv_heads, device, capture, most
+        self.model = model
+        self.cache = cache
+        self.place = place
+        self.windows = windows
+        self.num_kv_heads = num_kv_heads
+        self.device = device
+        self.capture = capture
+        self.most = most
         self.problem: str | None = None
         self._graphs: dict[tuple[int, int], tuple[Graph, Tensor, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
@@ -107,7 +113,7 @@ class StaticSteps:
         return hidden_BD.clone(), logits_BV.clone()  # the next replay writes over them
 
     @torch.no_grad()
-    def ahead(
+    def draw_steps(
         self, chunks: Sequence[Chunk], ids: list[int], prev: list[int], positions: list[int],
         draws: Draws, steps: int,
     ) -> list[list[int]] | None:  # fmt: skip
@@ -146,7 +152,7 @@ class StaticSteps:
         empty = [0] * blocks
         tables_GBW = torch.tensor(
             [
-                [*((chunk.generation.tables[group] + empty)[:blocks] for chunk in chunks), *[empty] * spare]
+                [*((chunk.sequence.tables[group] + empty)[:blocks] for chunk in chunks), *[empty] * spare]
                 for group in range(len(self.windows))
             ],
             dtype=torch.int32,
@@ -164,12 +170,11 @@ class StaticSteps:
 
     def _captured(self, static_3B: Tensor, static_GBW: Tensor) -> tuple[Graph, Tensor, Tensor] | None:
         """Running it while capturing is harmless: it writes the same keys and values as the replay."""
-        lengths = [1] * static_3B.shape[1]
 
         def run() -> tuple[Tensor, Tensor]:
             attend = self._attend(static_3B[2], static_GBW)
-            hidden_BD = self.network.hidden(static_3B[0], static_3B[1], static_3B[2], attend, lengths)
-            return hidden_BD, self.network.logits(hidden_BD)
+            hidden_BD = forward_tokens(self.model, static_3B[0], static_3B[1], static_3B[2], attend)
+            return hidden_BD, self.model.logits(hidden_BD)
 
         try:
             return self.capture(run, self._pool), static_3B, static_GBW

@@ -1,6 +1,7 @@
 """The engine: prompts in, tokens out, many sequences at once, with the python tool."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import abc
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,11 @@ from nanochat import chat_format as chat
 from nanochat.engine.calculator import ToolState
 from nanochat.engine.continuous_batch import Batch, PlainBatch
 from nanochat.engine.detokenizer import TextStop
-from nanochat.engine.network import Network, network_of
+from nanochat.engine.inference import prepare
 from nanochat.engine.sampling import Sampling
-from nanochat.engine.sequence import Generation
+from nanochat.engine.sequence import Sequence
 
-__all__ = ["Batch", "Completion", "Engine", "Generation", "Sampling"]
+__all__ = ["Batch", "Completion", "Engine", "Sampling", "Sequence"]
 
 
 @dataclass(frozen=True)
@@ -36,19 +37,22 @@ def is_ragged(model: Any) -> bool:
 
 
 class Engine:
-    """Generates with a model and its tokenizer. Between calls it keeps the weights cast to `dtype` (default:
-    the model's compute dtype; int8: see Matrix), and notices when the model's have changed. speculate: see
-    Batch; without effect for a model that has only `forward`.
+    """Generates with a model and its tokenizer.
 
-    The tokenizer needs encode_special, get_bos_token_id, encode and decode; for stop strings, decode_bytes
-    and get_special_tokens too.
+    Between calls it keeps the weights cast to `dtype`, and casts them again when the model's have changed.
+
+    Args:
+        tokenizer: needs encode_special, get_bos_token_id, encode and decode; for stop strings also
+            decode_bytes and get_special_tokens.
+        dtype: of the matrices; default: the model's compute dtype. int8: see inference.InferenceLinear.
+        speculate: see Batch; without effect for a model that has only `forward`.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any, dtype: torch.dtype | None = None, *, speculate: int = 0
     ) -> None:
         self.model, self.tokenizer, self.dtype, self.speculate = model, tokenizer, dtype, speculate
-        self._network: Network | None = None
+        self._network: Any = None
         self._seen: tuple = ()
         self.stop_ids = frozenset(
             (tokenizer.encode_special(chat.ASSISTANT_END), tokenizer.get_bos_token_id())
@@ -61,26 +65,27 @@ class Engine:
 
     def start(
         self,
-        prompt: Sequence[int],
+        prompt: abc.Sequence[int],
         sampling: Sampling,
         max_tokens: int | None = None,
         stop_ids: Iterable[int] = (),
         *,
-        stop: Sequence[str] = (),
+        stop: abc.Sequence[str] = (),
         min_tokens: int = 0,
         ignore_eos: bool = False,
         top_logprobs: int | None = None,
         prompt_top_logprobs: int | None = None,
-        salt: str = "",
+        cache_namespace: str = "",
         uses_tool: bool = True,
-    ) -> Generation:
+    ) -> Sequence:
         """A sequence ready to be admitted to a Batch; it ends with the context at the latest.
 
         It ends at <|assistant_end|> and <|bos|> (unless ignore_eos) and at stop_ids, neither before
         min_tokens have come, and once its text holds a `stop` string. top_logprobs and prompt_top_logprobs
-        ask for log-probabilities with so many likeliest tokens (see Generation). Only sequences of one salt
-        share cached prefixes. Raises ValueError for an empty prompt, one that leaves no room, or a negative
-        max_tokens.
+        ask for log-probabilities with so many likeliest tokens (see Sequence). Only sequences of one
+        cache_namespace share cached prefixes.
+
+        Raises ValueError for an empty prompt, one that leaves no room, or a negative max_tokens.
         """
         room = 0 if max_tokens == 0 and prompt_top_logprobs is not None else 1
         if len(prompt) + room > self.context:
@@ -99,30 +104,30 @@ class Engine:
             text_stop=TextStop(self.tokenizer, stop) if any(stop) else None,
             top_logprobs=top_logprobs,
             prompt_top_logprobs=prompt_top_logprobs,
-            salt=salt,
+            cache_namespace=cache_namespace,
         )
 
     def _start(
         self,
-        prompt: Sequence[int],
+        prompt: abc.Sequence[int],
         limit: int,
         sampling: Sampling,
         ends: frozenset[int],
         uses_tool: bool = True,
         **more: Any,
-    ) -> Generation:
+    ) -> Sequence:
         if not prompt:
             raise ValueError("the prompt must hold at least one token, found none; begin with <|bos|>")
         if limit < 0:
             raise ValueError(f"max_tokens must be at least 0, found {limit}")
         tool = ToolState(self.tokenizer) if uses_tool else None
-        return Generation(prompt, limit, sampling, ends, tool, **more)
+        return Sequence(prompt, limit, sampling, ends, tool, **more)
 
-    def network(self) -> Network:
+    def network(self) -> Any:
         """The model as it is now, ready to run: made when first asked for, and again after a change."""
         seen = _fingerprint(self.model)
         if self._network is None or seen != self._seen:
-            self._network, self._seen = network_of(self.model, self.dtype), seen
+            self._network, self._seen = prepare(self.model, self.dtype), seen
         return self._network
 
     def open_batch(self, num_rows: int, context: int, **how: Any) -> Batch | PlainBatch:
@@ -134,7 +139,7 @@ class Engine:
 
     def generate(
         self,
-        tokens: Sequence[int],
+        tokens: abc.Sequence[int],
         num_samples: int = 1,
         max_tokens: int | None = None,
         temperature: float = 1.0,
@@ -143,7 +148,7 @@ class Engine:
         *,
         top_p: float = 1.0,
         min_p: float = 0.0,
-        banned: Sequence[int] = (),
+        banned: abc.Sequence[int] = (),
     ) -> Iterator[tuple[list[int], list[int]]]:
         """Yield (token_column, token_masks), one entry per sample; mask 1 sampled, 0 forced.
 
@@ -164,14 +169,14 @@ class Engine:
         ]
         return self._columns(samples)
 
-    def _columns(self, samples: list[Generation]) -> Iterator[tuple[list[int], list[int]]]:
+    def _columns(self, samples: list[Sequence]) -> Iterator[tuple[list[int], list[int]]]:
         if samples[0].limit < 1:
             return
         batch = self.open_batch(len(samples), len(samples[0].prompt) + samples[0].limit)
         yield from columns(batch, samples)
 
     def generate_batch(
-        self, tokens: Sequence[int], num_samples: int = 1, **kwargs: Any
+        self, tokens: abc.Sequence[int], num_samples: int = 1, **kwargs: Any
     ) -> tuple[list[list[int]], list[list[int]]]:
         """(results, masks) of `generate` read to its end: prompt (mask 0), output without its last stop."""
         results = [list(tokens) for _ in range(num_samples)]
@@ -187,17 +192,17 @@ class Engine:
 
     def complete(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: abc.Sequence[abc.Sequence[int]],
         *,
         max_tokens: int | None,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float = 1.0,
         min_p: float = 0.0,
-        seed: int | Sequence[int] = 42,
+        seed: int | abc.Sequence[int] = 42,
         batch_size: int = 64,
         stop_ids: Iterable[int] = (),
-        banned: Sequence[int] = (),
+        banned: abc.Sequence[int] = (),
     ) -> list[Completion]:
         """One Completion per prompt, in their order; up to batch_size of them run at a time.
 
@@ -211,19 +216,19 @@ class Engine:
                 f"needs a seed per prompt and batch_size >= 1, found {len(seeds)} and {batch_size}"
             )
         stops = frozenset(stop_ids)
-        generations = [
+        sequences = [
             self.start(
                 prompt, Sampling(temperature, top_k, top_p, min_p, s, tuple(banned)), max_tokens, stops
             )
             for prompt, s in zip(prompts, seeds, strict=True)
         ]
         # The longest prompts first, equal ones side by side.
-        waiting = sorted((g for g in generations if g.limit), key=lambda g: (-len(g.prompt), g.prompt))
+        waiting = sorted((g for g in sequences if g.limit), key=lambda g: (-len(g.prompt), g.prompt))
         for group in [waiting] if is_ragged(self.model) and waiting else [[g] for g in waiting]:
             self._run(group, min(batch_size, len(group)))
-        return [_completion(g) for g in generations]
+        return [_completion(g) for g in sequences]
 
-    def _run(self, group: list[Generation], num_rows: int) -> None:
+    def _run(self, group: list[Sequence], num_rows: int) -> None:
         context = max((len(g.prompt) + max(1, g.limit) for g in group), default=1)
         if not is_ragged(self.model):
             batch: Batch | PlainBatch = PlainBatch(self.model, num_rows, context)
@@ -238,7 +243,7 @@ class Engine:
 
 
 def columns(
-    batch: Batch | PlainBatch, samples: Sequence[Generation]
+    batch: Batch | PlainBatch, samples: abc.Sequence[Sequence]
 ) -> Iterator[tuple[list[int], list[int]]]:
     """(tokens, masks) of samples of one prompt, step by step, as Engine.generate yields them."""
     batch.admit(samples)
@@ -261,9 +266,7 @@ def _fingerprint(model: Any) -> tuple:
     return tuple((p.data_ptr(), p._version) for p in parameters), tuple(torch.cat(few).tolist())
 
 
-def _completion(generation: Generation) -> Completion:
-    end = len(generation.output) - (generation.finish_reason == "stop")
-    stop_id = generation.output[-1] if generation.finish_reason == "stop" else None
-    return Completion(
-        generation.output[:end], generation.mask[:end], generation.finish_reason or "length", stop_id
-    )
+def _completion(sequence: Sequence) -> Completion:
+    end = len(sequence.output) - (sequence.finish_reason == "stop")
+    stop_id = sequence.output[-1] if sequence.finish_reason == "stop" else None
+    return Completion(sequence.output[:end], sequence.mask[:end], sequence.finish_reason or "length", stop_id)

@@ -1,4 +1,4 @@
-"""One prompt and what follows it: `Generation`, the unit that everything in the engine moves around.
+"""One prompt and what follows it: `Sequence`, the unit that everything in the engine moves around.
 
 It holds ids and settings on the host and touches no device. Its tokens are prompt + output + forced ones that
 wait to be shown; `num_computed` of them have keys and values in the cache, whose blocks `tables` names.
@@ -6,8 +6,7 @@ wait to be shown; `num_computed` of them have keys and values in the cache, whos
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from collections import abc, deque
 from typing import Any, Protocol
 
 from nanochat.engine.speculate import Lookup
@@ -23,7 +22,7 @@ class TextStop(Protocol):
     def feed(self, token: int) -> bool: ...
 
 
-class Generation:
+class Sequence:
     """One prompt and what follows it. `mask` holds 1 for a sampled token, 0 for one that the tool forced.
 
     finish_reason is None while it runs, then "stop" (an end token, the last of `output`, or a stop string),
@@ -37,7 +36,7 @@ class Generation:
 
     def __init__(
         self,
-        prompt: Sequence[int],
+        prompt: abc.Sequence[int],
         limit: int,
         sampling: Any,
         stop_ids: frozenset[int],
@@ -47,10 +46,10 @@ class Generation:
         text_stop: TextStop | None = None,
         top_logprobs: int | None = None,
         prompt_top_logprobs: int | None = None,
-        salt: str = "",
+        cache_namespace: str = "",
     ) -> None:
         self.prompt, self.limit, self.sampling, self.stop_ids = list(prompt), limit, sampling, stop_ids
-        self.min_tokens, self.salt = min_tokens, salt
+        self.min_tokens, self.cache_namespace = min_tokens, cache_namespace
         self.top_logprobs, self.prompt_top_logprobs = top_logprobs, prompt_top_logprobs
         self.output: list[int] = []
         self.mask: list[int] = []
@@ -67,15 +66,14 @@ class Generation:
         self.row = -1
         self.tables: list[list[int]] = []
         self.live_from: list[int] = []
-        self.strays: list[int] = []
         self.nodes: list[Any] = []
-        self.leader: Generation | None = None
-        # Guesses that follow the known tokens, not known themselves, and how many were made at once.
+        self.leader: Sequence | None = None
+        # Draft tokens that follow the known ones, and how many were proposed at once.
         self.draft: list[int] = []
         self.num_drafted = 0
         self.lookup: Lookup | None = None
-        # Tokens that were drawn before the ones before them were read; all but the last are computed.
-        self.ahead: deque[int] = deque()
+        # Multi-step decoding: tokens drawn on the device and not yet taken; all but the last are computed.
+        self.pending: deque[int] = deque()
 
     @property
     def num_tokens(self) -> int:
@@ -136,12 +134,12 @@ class Generation:
         is_open = self.top_logprobs is None and len(self.output) >= self.min_tokens
         return is_open and not self.forced and not self.draft and not self.sampling.has_penalties
 
-    def take_ahead(self) -> None:
-        """Take the next token that was drawn ahead. A stop, or forced text, makes the rest void."""
-        self.take(self.ahead.popleft())
+    def take_pending(self) -> None:
+        """Take the next pending token. After a stop or forced text the rest is discarded."""
+        self.take(self.pending.popleft())
         if self.forced or self.finish_reason is not None:
-            self.ahead.clear()
-        elif self.ahead:
+            self.pending.clear()
+        elif self.pending:
             self.num_computed += 1
 
     @property

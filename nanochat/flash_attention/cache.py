@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -92,16 +91,3 @@ def check_room(lengths: Sequence[int], num_new: int, capacity: int) -> None:
                 f"row {row} of the cache holds {length} of {capacity} positions, {num_new} more do not fit: "
                 "make the cache longer or drop the row's oldest positions"
             )
-
-
-def attend_kept(q_BHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, bias_BS: Tensor) -> Tensor:
-    """One query a row over keys in any order: bias 0 where it sees a key, -inf where not -> (B, H, E).
-
-    For rows of a cache that are rings, where no interval of slots says what is seen (CPU and SDPA only).
-    """
-    enable_gqa = q_BHE.shape[1] > k_BSKE.shape[2]
-    y_BH1E = F.scaled_dot_product_attention(
-        q_BHE.unsqueeze(2), k_BSKE.transpose(1, 2), v_BSKE.transpose(1, 2),
-        bias_BS[:, None, None], enable_gqa=enable_gqa,
-    )  # fmt: skip
-    return y_BH1E.squeeze(2)

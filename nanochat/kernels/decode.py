@@ -1,9 +1,9 @@
-"""Tokens through a FusedNetwork in one call of decode.c, on CPUs with a compiler.
+"""One decoding step of the whole network in C, for single tokens and short chunks on CPUs with a compiler.
 
-In PyTorch a step of one token is a hundred small operations a layer beside four matrices. Here it is one pass
-over each matrix: no copies, no masks, no gathered keys. What cannot be run here (no compiler, a GPU, many
-tokens without AVX512) goes through network.py, which is the oracle. native._override = False turns it off.
-Letters: N tokens, D width, H query heads, K key/value heads, E head size.
+In PyTorch a step of one token is a hundred small operations a layer besides four matrices. Here it is one
+pass over each matrix: no copies, no masks, no gathered keys. What cannot be run here (no compiler, a GPU,
+many tokens without AVX512) goes through GPT.forward_hidden, which is the oracle. build._override = False
+turns it off. Letters: N tokens, D width, H query heads, K key/value heads, E head size.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from nanochat.kernels import build as native
 from nanochat.kernels.elementwise import NORM_EPS
 
 if TYPE_CHECKING:
-    from nanochat.engine.network import FusedNetwork, Matrix
+    from nanochat.gpt import GPT
 
 SOURCE, HEADER = (native.C_FOLDER / name for name in ("decode.c", "products.h"))
 SIGNATURES = {"multiply": "pplpi", "step": "ppppppplllppp", "tiles": "p"}
@@ -36,6 +36,9 @@ ONE_THREAD_BYTES = 1 << 20  # a second thread gains less than meeting it costs
 MANY = 16  # tokens; for so many it gains again
 
 HUGE_BYTES = 4 << 20  # from this size on a matrix has pages of its own
+
+# positions (T,) -> cos and sin (T, 1, E/2)
+RopeTables = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 _P, _L, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -101,13 +104,13 @@ def in_huge_pages(matrix: Tensor) -> Tensor:
     return torch.frombuffer(memory, dtype=matrix.dtype).view(matrix.shape).copy_(matrix)
 
 
-def describe(matrix: Matrix) -> CMatrix | None:
-    """A matrix as decode.c reads it, or None for one that it cannot."""
-    codes, scale = matrix.many, matrix.scale
-    if codes.device.type != "cpu" or codes.dtype not in KINDS or not codes.is_contiguous():
+def describe_matrix(weight_OI: Tensor, scale_O: Tensor | None) -> CMatrix | None:
+    """A matrix as decode.c reads it, or None for one that it cannot; its memory must outlive this."""
+    on_cpu = weight_OI.device.type == "cpu"
+    if not on_cpu or weight_OI.dtype not in KINDS or not weight_OI.is_contiguous() or library() is None:
         return None
-    address = None if scale is None else scale.data_ptr()
-    return CMatrix(codes.data_ptr(), address, KINDS[codes.dtype], *codes.shape)
+    scale_address = None if scale_O is None else scale_O.data_ptr()
+    return CMatrix(weight_OI.data_ptr(), scale_address, KINDS[weight_OI.dtype], *weight_OI.shape)
 
 
 @cache
@@ -119,21 +122,32 @@ def tiled_kinds() -> int:
     return found.value
 
 
-def suits(network: Any) -> bool:
-    """Whether decode.c can run this network: a FusedNetwork on a CPU, tables of one dtype, and a compiler."""
-    layers = getattr(network, "layers", None)
-    if not layers or library() is None or network.wte_VD.device.type != "cpu":
-        return False
-    tables = [network.wte_VD, *(layer[7] for layer in layers if layer[7] is not None)]
-    same = {table.dtype for table in tables} in ({torch.float32}, {torch.bfloat16})
-    if not same or any(not table.is_contiguous() for table in tables):
-        return False
-    return all(describe(matrix) is not None for layer in layers for matrix in layer[2:6])
+def layer_matrices(model: GPT) -> list[list[Any]]:
+    """By layer its four inference linears: queries, keys and values in one; projection; MLP in; MLP out."""
+    return [
+        [getattr(block.attn, "c_qkv", None), block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj]
+        for block in model.blocks
+    ]
 
 
-def kv_dtype(network: Any) -> torch.dtype:
-    """What keys and values are kept in on a CPU: bf16 beside narrow matrices if decode.c takes every step."""
-    if not suits(network) or network.layers[0][2].many.dtype == torch.float32:
+def supports(model: Any) -> bool:
+    """Whether decode.c can run this model: an InferenceGPT on a CPU with a compiler, tables of one dtype."""
+    if library() is None or not hasattr(model, "blocks") or model.get_device().type != "cpu":
+        return False
+    tables = [model.wte.weight, *(table.weight for table in model.value_embeds.values())]
+    has_one_dtype = {table.dtype for table in tables} in ({torch.float32}, {torch.bfloat16})
+    if not has_one_dtype or any(not table.is_contiguous() for table in tables):
+        return False
+    return all(getattr(matrix, "native", None) for layer in layer_matrices(model) for matrix in layer)
+
+
+def kv_dtype(model: Any) -> torch.dtype:
+    """What keys and values are kept in on a CPU: bf16 beside narrow matrices if decode.c takes every step.
+
+    Else fp32: SDPA over 1,024 keys of 10 heads took 2.8 ms in bf16 and 0.38 in fp32 (one core of an AMD EPYC
+    with AVX512-BF16, torch 2.15).
+    """
+    if not supports(model) or layer_matrices(model)[0][0].weight_OI.dtype == torch.float32:
         return torch.float32
     return torch.bfloat16 if most_tokens(0, torch.bfloat16) == ANY else torch.float32
 
@@ -158,60 +172,102 @@ def multiply(matrix: CMatrix, x_ND: Tensor) -> Tensor:
 
 
 class NativeStep:
-    """Steps of up to `most` tokens of one network over one paged cache; `of` says whether it can be had."""
+    """Steps of up to `most` tokens of one InferenceGPT over one paged cache; `of` says whether it can be had.
+
+    Args:
+        stores: by layer, the memory of its keys and values, (slots, 2K, E).
+        windows: by layer, keys to the left of a query; -1 for all.
+        groups: by layer, which of the num_groups block tables it uses.
+        rope_tables: positions (T,) -> cos and sin (T, 1, E/2), fp32.
+    """
 
     def __init__(
-        self, network: FusedNetwork, stores: Sequence[Tensor], windows: Sequence[int], groups: Sequence[int],
-        num_groups: int, block_size: int,
-    ) -> None:  # fmt: skip
+        self,
+        model: GPT,
+        stores: Sequence[Tensor],
+        windows: Sequence[int],
+        groups: Sequence[int],
+        num_groups: int,
+        block_size: int,
+        rope_tables: RopeTables,
+    ) -> None:
         assert block_size % 4 == 0  # decode.c reads keys by fours
         native.check_range("groups of layers", min(groups), max(groups), 0, num_groups)
-        cfg = self.config = network.config
-        self.num_groups, self.block_size = num_groups, block_size
-        self.head_dim, self.mlp = network.head_dim, network.layers[0][4].many.shape[0]
-        matrices = [matrix for layer in network.layers for matrix in layer[2:6]]
-        num_bytes = sum(matrix.many.numel() * matrix.many.element_size() for matrix in matrices)
-        self.most = most_tokens(num_bytes, matrices[0].many.dtype)
-        self._network = network
+        cfg = self.config = model.config
+        self.model = model
+        self.num_groups = num_groups
+        self.block_size = block_size
+        self.rope_tables = rope_tables
+        layers = layer_matrices(model)
+        self.mlp_size = len(layers[0][2].weight_OI)
+        matrices = [matrix.weight_OI for layer in layers for matrix in layer]
+        num_bytes = sum(matrix.nbytes for matrix in matrices)
+        self.most = most_tokens(num_bytes, matrices[0].dtype)
         self._is_tiny = num_bytes < ONE_THREAD_BYTES
-        self._kept: list[Any] = [network, list(stores)]  # their memory is read
+        # C reads the memory of the model, the stores and these small copies.
+        self._kept: list[Any] = [list(stores)]
         self._layers = (CLayer * cfg.n_layer)()
-        for i, (a, b, qkv, proj, fc, out, gate, table) in enumerate(network.layers):
-            described = [describe(matrix) for matrix in (qkv, proj, fc, out)]
-            small = None if gate is None else gate.contiguous()
-            self._kept.append(small)
+        for i, (block, linears) in enumerate(zip(model.blocks, layers, strict=True)):
+            table: Any = model.value_embeds[str(i)] if cfg.has_value_embedding(i) else None
             self._layers[i] = CLayer(
-                *described, None if small is None else small.data_ptr(),
-                None if table is None else table.data_ptr(), stores[i].data_ptr(),
-                len(stores[i]) // block_size, groups[i], windows[i], a, b,
-            )  # fmt: skip
-        smear_gate = network.smear_gate.contiguous()
-        self._kept.append(smear_gate)
+                *(linear.native for linear in linears),
+                self._address(None if block.attn.ve_gate is None else block.attn.ve_gate.weight.float()),
+                self._address(None if table is None else table.weight),
+                self._address(stores[i]),
+                len(stores[i]) // block_size,
+                groups[i],
+                windows[i],
+                model.resid_lambdas[i].item(),
+                model.x0_lambdas[i].item(),
+            )
+        wte = model.wte.weight
         self._net = CNet(
-            ctypes.addressof(self._layers), network.wte_VD.data_ptr(), smear_gate.data_ptr(), None, None,
-            len(network.wte_VD), 0,
-            cfg.n_layer, cfg.n_embd, cfg.n_head, cfg.n_kv_head, self.head_dim, self.mlp,
-            cfg.smear_channels, cfg.ve_gate_channels, int(network.wte_VD.dtype == torch.bfloat16),
-            block_size, 1,
-            cfg.n_layer // 2, KINDS[stores[0].dtype], network.smear, network.backout, cfg.qk_scale, NORM_EPS,
-        )  # fmt: skip
-        self._turn(cfg.sequence_len)
+            layers=ctypes.addressof(self._layers),
+            embedding=self._address(wte),
+            smear_gate=self._address(model.smear_gate.weight.float()),
+            vocab_size=len(wte),
+            num_layers=cfg.n_layer,
+            width=cfg.n_embd,
+            num_heads=cfg.n_head,
+            num_kv_heads=cfg.n_kv_head,
+            head_dim=cfg.head_dim,
+            mlp=self.mlp_size,
+            smear_channels=cfg.smear_channels,
+            gate_channels=cfg.ve_gate_channels,
+            tables_half=int(wte.dtype == torch.bfloat16),
+            block_size=block_size,
+            middle=cfg.n_layer // 2,
+            kv_kind=KINDS[stores[0].dtype],
+            smear=model.smear_lambda.item(),
+            backout=model.backout_lambda.item(),
+            qk_scale=cfg.qk_scale,
+            eps=NORM_EPS,
+        )
+        self._make_rope_tables(cfg.sequence_len)
 
     @staticmethod
-    def of(network: Any, stores: Sequence[Tensor], *place: Any) -> NativeStep | None:
-        """Where `suits` says so, for stores of fp32, or of bf16 where decode.c multiplies it; else None."""
-        kinds = {store.dtype for store in stores}
-        has_pairs = tiled_kinds() >> KINDS[torch.bfloat16] & 1
-        is_kept = kinds == {torch.float32} or (kinds == {torch.bfloat16} and has_pairs)
-        if not suits(network) or not is_kept or any(not store.is_contiguous() for store in stores):
+    def of(model: Any, stores: Sequence[Tensor], *place: Any) -> NativeStep | None:
+        """For a model that is supported, and stores of fp32, or of bf16 where decode.c multiplies it."""
+        dtypes = {store.dtype for store in stores}
+        has_bf16_pairs = tiled_kinds() >> KINDS[torch.bfloat16] & 1
+        is_known = dtypes == {torch.float32} or (dtypes == {torch.bfloat16} and has_bf16_pairs)
+        if not supports(model) or not is_known or any(not store.is_contiguous() for store in stores):
             return None
-        return NativeStep(network, stores, *place)
+        return NativeStep(model, stores, *place)
 
-    def _turn(self, num_positions: int) -> None:
-        """Angles of positions up to num_positions - 1."""
-        cos, sin = self._network.rope_tables(torch.arange(num_positions), torch.float32)
-        self._cos, self._sin, self._net.num_positions = cos.contiguous(), sin.contiguous(), num_positions
-        self._net.cos, self._net.sin = self._cos.data_ptr(), self._sin.data_ptr()
+    def _address(self, tensor: Tensor | None) -> int | None:
+        """Where a tensor's numbers lie; it is kept alive."""
+        if tensor is None:
+            return None
+        tensor = tensor.detach().contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _make_rope_tables(self, num_positions: int) -> None:
+        cos, sin = self.rope_tables(torch.arange(num_positions))
+        self._cos_sin = cos.contiguous(), sin.contiguous()
+        self._net.cos, self._net.sin = (table.data_ptr() for table in self._cos_sin)
+        self._net.num_positions = num_positions
 
     def __call__(
         self, ids: Sequence[int], prev: Sequence[int], positions: Sequence[int], rows: Sequence[int],
@@ -228,7 +284,7 @@ class NativeStep:
         num_blocks = max(len(table) for group in tables for table in group)
         num_blocks = min(num_blocks, max(positions) // self.block_size + 1)
         if num_blocks * self.block_size > self._net.num_positions:
-            self._turn(2 * num_blocks * self.block_size)
+            self._make_rope_tables(2 * num_blocks * self.block_size)
         flat = [
             block
             for group in tables
@@ -237,14 +293,15 @@ class NativeStep:
         ]
         numbers = (ctypes.c_int64 * (4 * N))(*ids, *prev, *positions, *rows)
         blocks = (ctypes.c_int32 * len(flat))(*flat)
-        E, H, K, D = self.head_dim, cfg.n_head, cfg.n_kv_head, cfg.n_embd
-        floats = 4 * D + (H + 2 * K) * E + 2 * H * E + self.mlp
-        scratch = torch.empty(N * (floats + (max(D, H * E, self.mlp) + 1) // 2))  # the latter in bf16
+        E, H, K, D = cfg.head_dim, cfg.n_head, cfg.n_kv_head, cfg.n_embd
+        floats = 4 * D + (H + 2 * K) * E + 2 * H * E + self.mlp_size
+        scratch = torch.empty(N * (floats + (max(D, H * E, self.mlp_size) + 1) // 2))  # the latter in bf16
         hidden_ND = torch.empty(N, D)
         self._net.threads = 1 if self._is_tiny and N < MANY else torch.get_num_threads()
         at, bad = ctypes.addressof(numbers), CBadIndex()
-        pairs_ND = self._network.pair_embeddings(torch.tensor(ids), torch.tensor(prev))
-        pairs_ND = None if pairs_ND is None else pairs_ND.float().contiguous()
+        pairs_ND = None
+        if self.model.bigram_embeds is not None:
+            pairs_ND = self.model.bigram_embeds(torch.tensor(ids), torch.tensor(prev)).float().contiguous()
         lib.step(
             ctypes.addressof(self._net), at, at + 8 * N, at + 16 * N, at + 24 * N,
             None if pairs_ND is None else pairs_ND.data_ptr(), ctypes.addressof(blocks), N, len(tables[0]),

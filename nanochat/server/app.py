@@ -1,6 +1,6 @@
 """The server: the page at /, OpenAI's API under /v1 (and without it), /health, /metrics.
 
-Every request passes the gate (gate.py); a completion becomes generations (prompts.py), runs in the engine's
+Every request passes the gate (gate.py); a completion becomes sequences (prompts.py), runs in the engine's
 thread (worker.py), and comes back as text (answer.py) in OpenAI's shapes (replies.py).
 """
 
@@ -203,7 +203,7 @@ def create_app(
             log({"event": "unknown fields", "fields": sorted(field[:40] for field in new)})
         key = request.scope["key"]
         prepared = await aside(int(request.headers.get("content-length", LONG)), prepare, asked, key)
-        job = Job(prepared.generations)
+        job = Job(prepared.sequences)
         try:
             fleet.submit(job)
         except Busy as busy:
@@ -240,7 +240,7 @@ def create_app(
         metrics.count("requests_finished_total", label=f'reason="{reason}"')
         metrics.count("tokens_in_total", answer.num_prompt)
         metrics.count("tokens_out_total", answer.num_output)
-        metrics.count("prefix_tokens_queried_total", sum(len(c.generation.prompt) for c in answer.choices))
+        metrics.count("prefix_tokens_queried_total", sum(len(c.sequence.prompt) for c in answer.choices))
         metrics.count("prefix_tokens_hit_total", answer.num_cached)
         seconds, first = answer.seconds or 0.0, answer.first_seconds
         metrics.observe("request_seconds", seconds)

@@ -1,7 +1,7 @@
 """The engine's threads: requests of many people in one batch, their tokens handed to the event loop.
 
 The event loop never waits for a model: each step's tokens arrive there in one call. A request is cancelled by
-giving its generations a finish_reason; their rows are free one step later. A Fleet is several workers, one
+giving its sequences a finish_reason; their rows are free one step later. A Fleet is several workers, one
 per GPU.
 """
 
@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from nanochat.engine.engine import Engine, Generation
+from nanochat.engine.engine import Engine, Sequence
 
-News = tuple["Job", int, list[int]]  # a job, the index of its generation, its new tokens (none: it has ended)
+News = tuple["Job", int, list[int]]  # a job, the index of its sequence, its new tokens (none: it has ended)
 
 
 class Busy(Exception):
@@ -32,20 +32,20 @@ class Busy(Exception):
 
 
 class Job:
-    """One request: its generations, and news of them: (index, new tokens; none at the end of that one).
+    """One request: its sequences, and news of them: (index, new tokens; none at the end of that one).
 
-    What waits is bounded by the generations' own limits. `error` is (status, message) if it ended early.
+    What waits is bounded by the sequences' own limits. `error` is (status, message) if it ended early.
     put and get are for the event loop alone.
     """
 
-    def __init__(self, generations: list[Generation]) -> None:
-        self.generations = generations
+    def __init__(self, sequences: list[Sequence]) -> None:
+        self.sequences = sequences
         self._news: deque[tuple[int, list[int]]] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self.error: tuple[int, str] | None = None
         self.loop = asyncio.get_running_loop()
         self.since = time.monotonic()
-        self.num_left = len(generations)
+        self.num_left = len(sequences)
 
     def put(self, index: int, tokens: list[int]) -> None:
         self._news.append((index, tokens))
@@ -70,17 +70,17 @@ class Job:
             self._waiter.set_result(None)
 
     def cancel(self) -> None:
-        """Give the rows back; nothing happens to generations that have ended."""
-        for generation in self.generations:
-            generation.finish_reason = generation.finish_reason or "abort"
+        """Give the rows back; nothing happens to sequences that have ended."""
+        for sequence in self.sequences:
+            sequence.finish_reason = sequence.finish_reason or "abort"
 
     @property
     def is_over(self) -> bool:
-        return all(generation.finish_reason is not None for generation in self.generations)
+        return all(sequence.finish_reason is not None for sequence in self.sequences)
 
 
 class Worker:
-    """Runs up to num_rows generations of one engine at once and lets max_waiting requests wait."""
+    """Runs up to num_rows sequences of one engine at once and lets max_waiting requests wait."""
 
     def __init__(
         self, engine: Engine, num_rows: int, max_waiting: int, max_wait_seconds: float = 60.0
@@ -88,7 +88,7 @@ class Worker:
         self.engine, self._num_rows, self._max_waiting = engine, num_rows, max_waiting
         self._max_wait_seconds = max_wait_seconds
         self._waiting: deque[tuple[Job, int]] = deque()
-        self._running: dict[int, tuple[Job, int, int]] = {}  # id of a generation -> job, index, tokens told
+        self._running: dict[int, tuple[Job, int, int]] = {}  # id of a sequence -> job, index, tokens told
         self._wake = threading.Condition()
         self._is_stopping = False
         self.batch: Any = None
@@ -124,7 +124,7 @@ class Worker:
         with self._wake:
             if seconds := self._full_for():
                 raise Busy(seconds)
-            self._waiting.extend((job, index) for index in range(len(job.generations)))
+            self._waiting.extend((job, index) for index in range(len(job.sequences)))
             self._wake.notify()
 
     def full_for(self) -> int:
@@ -163,7 +163,7 @@ class Worker:
                 self._end_all((500, f"the engine failed: {type(error).__name__}"))
                 self.batch = self._new_batch()
         with self._wake:
-            self._running |= {id(job.generations[i]): (job, i, 0) for job, i in self._waiting}
+            self._running |= {id(job.sequences[i]): (job, i, 0) for job, i in self._waiting}
             self._waiting.clear()
         self._end_all((503, "the server is stopping"))
 
@@ -188,19 +188,17 @@ class Worker:
 
     def _step(self, joining: list[tuple[Job, int]]) -> None:
         for job, index in joining:
-            self._running[id(job.generations[index])] = (job, index, 0)
-        fresh = [job.generations[i] for job, i in joining if job.generations[i].finish_reason is None]
+            self._running[id(job.sequences[index])] = (job, index, 0)
+        fresh = [job.sequences[i] for job, i in joining if job.sequences[i].finish_reason is None]
         if fresh:
             self.batch.admit(fresh)
         if self.batch.rows:
             self.batch.emit()
         news: list[News] = []
         for key, (job, index, told) in list(self._running.items()):
-            generation = job.generations[index]
-            is_over = (
-                generation.finish_reason is not None
-            )  # read before the tokens: they cannot come after it
-            if new := generation.output[told:]:
+            sequence = job.sequences[index]
+            is_over = sequence.finish_reason is not None  # read before the tokens: they cannot come after it
+            if new := sequence.output[told:]:
                 news.append((job, index, new))
                 self._running[key] = (job, index, told + len(new))
             if is_over:
@@ -267,6 +265,6 @@ class Fleet:
 
     def submit(self, job: Job) -> None:
         """Queue a request with the least busy worker; among equals, who shares a beginning stays together."""
-        start = hash(tuple(job.generations[0].prompt[:64])) % len(self.workers)
+        start = hash(tuple(job.sequences[0].prompt[:64])) % len(self.workers)
         turned = self.workers[start:] + self.workers[:start]
         min(turned, key=lambda worker: worker.num_running + worker.num_waiting).submit(job)

@@ -1,4 +1,4 @@
-"""Requests into generations: the tokens of their prompts, how they are sampled, when they end."""
+"""Requests into sequences: the tokens of their prompts, how they are sampled, when they end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from nanochat import chat_format as chat
 from nanochat.engine import Engine, Sampling
-from nanochat.engine.engine import Generation
+from nanochat.engine.engine import Sequence
 from nanochat.server.schemas import ApiError, ChatRequest, Common, CompletionRequest
 from nanochat.server.streaming import Choice
 
@@ -26,15 +26,15 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request ready for the engine: its generations, how each is shown, prompt tokens, logprobs or not."""
+    """A request ready for the engine: its sequences, how each is shown, prompt tokens, logprobs or not."""
 
     choices: list[Choice]
     num_prompt: int
     has_logprobs: bool
 
     @property
-    def generations(self) -> list[Generation]:
-        return [choice.generation for choice in self.choices]
+    def sequences(self) -> list[Sequence]:
+        return [choice.sequence for choice in self.choices]
 
 
 class Prompts:
@@ -53,8 +53,8 @@ class Prompts:
         # Only the tool may say these, so that what is shown as its output is real.
         self._banned = (special(chat.OUTPUT_START), special(chat.OUTPUT_END))
 
-    def of_chat(self, asked: ChatRequest, salt: str) -> Prepared:
-        """salt separates the caches of different keys."""
+    def of_chat(self, asked: ChatRequest, namespace: str) -> Prepared:
+        """namespace separates the caches of different keys."""
         conversation = asked.conversation()
         num_chars = sum(
             len(part["text"]) for message in conversation["messages"] for part in message["content"]
@@ -71,13 +71,16 @@ class Prompts:
         top = (asked.top_logprobs or 0) if asked.logprobs else None
         choices = [
             Choice(
-                self._generation(ids, asked, asked.limit, i, top, None, salt), self._tok, asked.stops, True
+                self._sequence(ids, asked, asked.limit, i, top, None, namespace),
+                self._tok,
+                asked.stops,
+                True,
             )
             for i in range(asked.n or 1)
         ]
         return Prepared(choices, len(ids), bool(asked.logprobs))
 
-    def of_text(self, asked: CompletionRequest, salt: str) -> Prepared:
+    def of_text(self, asked: CompletionRequest, namespace: str) -> Prepared:
         """Prompts of /v1/completions. One without <|bos|> is computed with a hidden one."""
         bos = self._tok.get_bos_token_id()
         choices, num_prompt = [], 0
@@ -94,11 +97,11 @@ class Prompts:
             echo = (self._tok.decode(shown), int(is_hidden)) if asked.echo else None
             prompt_top = asked.logprobs if asked.echo else None
             for i in range(asked.n or 1):
-                generation = self._generation(ids, asked, asked.limit, i, asked.logprobs, prompt_top, salt)
-                choices.append(Choice(generation, self._tok, asked.stops, False, echo))
+                sequence = self._sequence(ids, asked, asked.limit, i, asked.logprobs, prompt_top, namespace)
+                choices.append(Choice(sequence, self._tok, asked.stops, False, echo))
         return Prepared(choices, num_prompt, asked.logprobs is not None)
 
-    def _generation(
+    def _sequence(
         self,
         ids: list[int],
         asked: Common,
@@ -106,8 +109,8 @@ class Prompts:
         sample: int,
         top_logprobs: int | None,
         prompt_top_logprobs: int | None,
-        salt: str,
-    ) -> Generation:
+        namespace: str,
+    ) -> Sequence:
         return self._engine.start(
             ids,
             self._sampling(asked, sample),
@@ -118,7 +121,7 @@ class Prompts:
             ignore_eos=bool(asked.ignore_eos),
             top_logprobs=top_logprobs,
             prompt_top_logprobs=prompt_top_logprobs,
-            salt=salt,
+            cache_namespace=namespace,
         )
 
     def _sampling(self, asked: Common, sample: int) -> Sampling:

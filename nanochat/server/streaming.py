@@ -9,7 +9,7 @@ from typing import Any
 
 from nanochat import chat_format as chat
 from nanochat.engine.detokenizer import PartDecoder, StopFilter
-from nanochat.engine.engine import Generation
+from nanochat.engine.engine import Sequence
 from nanochat.server import replies
 from nanochat.server.engine_thread import Job
 from nanochat.server.replies import Entries, Part, Reply
@@ -19,20 +19,20 @@ PING_SECONDS = 15.0
 
 
 class Choice:
-    """One generation as text. is_chat: only words of the answer itself are searched for stop strings and
+    """One sequence as text. is_chat: only words of the answer itself are searched for stop strings and
     listed with log-probabilities, not those of the tool. echo: the prompt's text, which comes first, and how
     many of its tokens are hidden.
     """
 
     def __init__(
         self,
-        generation: Generation,
+        sequence: Sequence,
         tok: Any,
         stops: list[str],
         is_chat: bool,
         echo: tuple[str, int] | None = None,
     ) -> None:
-        self.generation, self._is_chat = generation, is_chat
+        self.sequence, self._is_chat = sequence, is_chat
         begins = {chat.PYTHON_START: "python", chat.PYTHON_END: "text", chat.OUTPUT_START: "python_output"}
         begins[chat.OUTPUT_END] = "text"
         self._part_after = {tok.encode_special(name): part for name, part in begins.items()}
@@ -58,12 +58,12 @@ class Choice:
             if self._filter.is_hit:
                 break
             is_text = token not in self._specials and (not self._is_chat or self._part == "text")
-            if self.generation.logprobs is not None and is_text:
-                entries.append((token, self.generation.logprobs[position]))
+            if self.sequence.logprobs is not None and is_text:
+                entries.append((token, self.sequence.logprobs[position]))
         return parts, entries
 
     def flush(self) -> tuple[list[Part], Entries]:
-        """What was held back, when the generation has ended."""
+        """What was held back, when the sequence has ended."""
         parts, entries = self._echoed()
         if not self._filter.is_hit:
             for part, text in self._decoder.flush():
@@ -74,7 +74,7 @@ class Choice:
 
     @property
     def finish_reason(self) -> str:
-        return "length" if self.generation.finish_reason == "length" and not self._filter.is_hit else "stop"
+        return "length" if self.sequence.finish_reason == "length" and not self._filter.is_hit else "stop"
 
     def _add(self, parts: list[Part], part: str, text: str) -> None:
         if part == "text" or not self._is_chat:
@@ -89,8 +89,8 @@ class Choice:
             return [], []
         (text, num_hidden), self._echo = self._echo, None
         entries: Entries = []
-        if self.generation.prompt_logprobs is not None:
-            shown = zip(self.generation.prompt[num_hidden:], self.generation.prompt_logprobs[num_hidden:])
+        if self.sequence.prompt_logprobs is not None:
+            shown = zip(self.sequence.prompt[num_hidden:], self.sequence.prompt_logprobs[num_hidden:])
             entries = [(token, None if i == 0 else logprob) for i, (token, logprob) in enumerate(shown)]
         return ([{"type": "text", "text": text}] if text else []), entries
 
@@ -188,8 +188,8 @@ class Answer:
                 if not tokens or choice.has_hit:
                     choice.is_over = True
                     num_left -= 1
-                    generation = choice.generation
-                    generation.finish_reason = generation.finish_reason or "abort"
+                    sequence = choice.sequence
+                    sequence.finish_reason = sequence.finish_reason or "abort"
                 yield index, parts, entries
         finally:
             self.end()
@@ -212,7 +212,7 @@ class Answer:
 
     @property
     def num_cached(self) -> int:
-        return sum(getattr(choice.generation, "num_cached", 0) for choice in self.choices)
+        return sum(getattr(choice.sequence, "num_cached", 0) for choice in self.choices)
 
     def usage(self) -> dict[str, Any]:
         return replies.usage(self.num_prompt, self.num_output, min(self.num_cached, self.num_prompt))

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.engine.block_manager import DUMMY, Pool
-from nanochat.engine.sequence import Generation
+from nanochat.engine.sequence import Sequence
 
 # ---------------------------------------------------------------- everything at once
 
@@ -27,7 +27,7 @@ def test_every_sequence_reads_its_own_past(seed: int, num_blocks: int, budget: i
     """Arrivals, forks, forced text, aborts and forgotten weights in random order, in tight pools too."""
     rng = random.Random(seed)
     world = World(num_blocks, rows=rng.randint(1, 5), budget=budget)
-    everyone: list[Generation] = []
+    everyone: list[Sequence] = []
     for _ in range(60):
         if rng.random() < 0.3:
             prompt = [rng.randrange(2) for _ in range(rng.choice([1, 4, 5, 9, 17]))]
@@ -73,7 +73,7 @@ def test_prefix_is_found_again() -> None:
     prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9]
     world.scheduler.add(new(prompt))
     world.run()
-    again, other, salted = new([*prompt, 1]), new([9, *prompt]), new(prompt, salt="key")
+    again, other, salted = new([*prompt, 1]), new([9, *prompt]), new(prompt, cache_namespace="key")
     for g in (again, other, salted):
         world.scheduler.add(g)
     world.step()
@@ -167,7 +167,7 @@ def test_window_group_bounded() -> None:
     while world.scheduler.running or world.scheduler.waiting:
         chunks = world.step()
         for chunk in chunks:
-            live = sum(block != DUMMY for block in chunk.generation.tables[1])
+            live = sum(block != DUMMY for block in chunk.sequence.tables[1])
             most = max(most, live)
         world.answer(lambda g: 1)
         world.scheduler.sweep()
@@ -200,7 +200,7 @@ def test_catch_up_in_chunks() -> None:
     world.scheduler.add(short)
     seen = []
     for _ in range(4):
-        seen.append([(c.generation is long, c.start, c.stop) for c in world.step()])
+        seen.append([(c.sequence is long, c.start, c.stop) for c in world.step()])
         world.answer(lambda g: 0)
     assert seen == [
         [(True, 0, 10)],
@@ -250,7 +250,7 @@ def test_no_admission_after_preempt() -> None:
         before, known = world.scheduler.num_preempted, set(map(id, world.scheduler.running))
         chunks = world.step()
         if world.scheduler.num_preempted > before:
-            assert {id(c.generation) for c in chunks} <= known
+            assert {id(c.sequence) for c in chunks} <= known
             admitted.append(1)
         world.answer(lambda g: 0)
         world.scheduler.sweep()

@@ -11,12 +11,11 @@ import torch
 from helpers.batch_cases import MODEL, Caller, Letters, alone, count_tokens, run, start, texts
 from helpers.engine_cases import BOS, END, OUT, OUT_END, PY, PY_END, Bytes, prompt, tiny
 
-import nanochat.engine.model_runner as runner_module
 from nanochat.engine.calculator import ToolState
 from nanochat.engine.continuous_batch import Batch
 from nanochat.engine.engine import Engine, Sampling
-from nanochat.engine.network import FusedNetwork, Matrix, TrunkNetwork, cpu_dtype
-from nanochat.engine.sequence import Generation
+from nanochat.engine.inference import InferenceGPT, cpu_dtype
+from nanochat.engine.sequence import Sequence
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels import build as native
 
@@ -27,10 +26,10 @@ ENGINE = Engine(MODEL, Bytes())
 
 
 @pytest.mark.parametrize("model", [MODEL, tiny(vocab_size=270, sequence_len=300)])
-def test_the_fused_network_equals_the_plain_one(model: GPT) -> None:
+def test_the_inference_network_equals_the_plain_one(model: GPT) -> None:
     """And both equal the public forward, chunk sizes mixed, window and smear included."""
     ids = prompt(290)
-    for network in (FusedNetwork(model, torch.float32), TrunkNetwork(model)):
+    for network in (InferenceGPT(model, torch.float32), model):
         batch = Batch(model, 2, 300, network=network, token_budget=37)
         row = start(ids, 0, temperature=0.0, prompt_top_logprobs=0)
         run(batch, [row])
@@ -48,7 +47,7 @@ def test_bf16_agrees() -> None:
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         rows.append(start(ids, 0, prompt_top_logprobs=0))
-        run(Batch(MODEL, 1, 50, network=FusedNetwork(MODEL, dtype)), [rows[-1]])
+        run(Batch(MODEL, 1, 50, network=InferenceGPT(MODEL, dtype)), [rows[-1]])
     ours, theirs = (torch.tensor([e[0] for e in row.prompt_logprobs if e]) for row in rows)
     assert 0 < (ours - theirs).abs().mean() < 0.1
 
@@ -127,44 +126,8 @@ def test_paged_kernels_equal_views(monkeypatch: pytest.MonkeyPatch) -> None:
         batch = Batch(MODEL, 6, 310, token_budget=64)
         batch.runner.is_paged = is_paged
         for pool in batch.blocks.pools:  # neighbours in time are no neighbours in memory
-            monkeypatch.setattr(pool, "choose", lambda row, index, pool=pool: next(reversed(pool.free)))
+            monkeypatch.setattr(pool, "choose", lambda pool=pool: next(reversed(pool.free)))
         assert run(batch, [start(ids, 8, seed=i) for i, ids in enumerate(prompts)]) == wanted
-
-
-@pytest.mark.parametrize("limit", [0, 10**9])
-def test_masked_rows_equal_single_calls(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One call for all rows or one a row; rows come and go, and pass the window's ring (272 + 16 slots)."""
-    monkeypatch.setattr("nanochat.engine.model_runner.CALL_BYTES", limit)
-    monkeypatch.setattr(native, "_override", False)
-    calls = []
-    real = runner_module.attend_kept
-    monkeypatch.setattr(runner_module, "attend_kept", lambda *a: (calls.append(len(a[0])), real(*a))[1])
-    group = [start(prompt(n), 70 + n // 4, seed=n) for n in (3, 250, 8, 300, 240, 31)]
-    batch = Batch(MODEL, 5, 400)
-    assert run(batch, group) == [alone(g.prompt, g.limit, seed=len(g.prompt)) for g in group]
-    assert (max(calls, default=0) == 5) == (limit > 0)
-
-
-def test_a_window_that_comes_round_is_not_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One row, past the ring of 288 slots: the masked call, and the tokens of a full recomputation."""
-    monkeypatch.setattr(native, "_override", False)
-    calls = []
-    real = runner_module.attend_kept
-    monkeypatch.setattr(runner_module, "attend_kept", lambda *a: (calls.append(len(a[0])), real(*a))[1])
-    ids = prompt(270)
-    assert alone(ids, 40, temperature=0.0) == list(MODEL.generate(ids, 40, temperature=0))
-    assert 10 < len(calls) < 80 and set(calls) == {1}
-
-
-def test_rows_lie_side_by_side() -> None:
-    """Rows of a fresh batch are read without gathering, whatever their order of growth."""
-    batch = Batch(MODEL, 4, 200)
-    batch.admit([start(prompt(n), 60) for n in (5, 90, 31, 17)])
-    for _ in range(50):
-        batch.compute()
-        batch.emit()
-        for row in batch.scheduler.running:
-            assert all(b == a + 1 for a, b in zip(row.tables[0], row.tables[0][1:], strict=False))
 
 
 def test_finished_rows_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +238,7 @@ def test_forced_output_enters_as_one_chunk(in_bursts: bool) -> None:
     chain = [BOS, PY, *b"1+29", PY_END]
     model.nexts = dict(itertools.pairwise(chain)) | {OUT_END: ord("!")}
     batch = Batch(model, 1, 40, in_bursts=in_bursts)
-    row = Generation([BOS], 30, Sampling(0.0), frozenset([END]), ToolState(Bytes()), top_logprobs=0)
+    row = Sequence([BOS], 30, Sampling(0.0), frozenset([END]), ToolState(Bytes()), top_logprobs=0)
     batch.admit([row])
     shown = []
     while batch.is_running:
@@ -312,24 +275,8 @@ def test_changed_weights_are_noticed() -> None:
 
 
 def test_weights_are_cast_once() -> None:
-    network = FusedNetwork(MODEL, torch.float32)
-    assert network.wte_VD.data_ptr() == MODEL.wte.weight.data_ptr()  # tables are not copied
-    assert torch.equal(network.head.many, MODEL.lm_head.weight[:262])
+    network = InferenceGPT(MODEL, torch.float32)
+    assert network.wte.weight.data_ptr() == MODEL.wte.weight.data_ptr()  # tables are not copied
+    assert torch.equal(network.lm_head.weight_OI, MODEL.lm_head.weight[:262])
     assert cpu_dtype(MODEL) == torch.float32
-    assert FusedNetwork(MODEL, torch.bfloat16).layers[0][2].many.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("size", [1.0, 1e9])
-def test_one_token_in_fp16_never_overflows(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """relu^2 has no bound: the input is scaled, the output is fp32, and nearer to the truth than bf16."""
-    monkeypatch.setattr(native, "_override", False)
-    rng = torch.Generator().manual_seed(0)
-    weight, x = torch.randn(50, 90, generator=rng), torch.randn(1, 90, generator=rng) * size
-    matrix = Matrix(weight, torch.bfloat16, is_free=True)
-    wanted = x.double() @ weight.double().T
-    one, many = matrix(x), matrix(x.expand(2, -1))[:1]
-    errors = [float((y.double() - wanted).norm() / wanted.norm()) for y in (one, many)]
-    assert matrix.single is not None and one.dtype == torch.float32
-    assert errors[0] < 2e-3 < errors[1] < 2e-2
-    assert torch.equal(matrix(torch.zeros(1, 90)), torch.zeros(1, 50))
-    assert Matrix(weight * 1e6, torch.bfloat16).single is None  # fp16 could not hold it
+    assert InferenceGPT(MODEL, torch.bfloat16).blocks[0].attn.c_qkv.weight_OI.dtype == torch.bfloat16

@@ -19,7 +19,7 @@ from nanochat.engine import cuda_graphs as graphs
 from nanochat.engine.continuous_batch import Batch
 from nanochat.engine.cuda_graphs import StaticSteps, blocks_of, rows_of
 from nanochat.engine.sampling import Draws, Sampling
-from nanochat.engine.sequence import Generation
+from nanochat.engine.sequence import Sequence
 from nanochat.kernels import build as native
 
 
@@ -45,7 +45,7 @@ def static_batch(num_rows: int, context: int, capture: Any = Recorded, **how: An
     runner = batch.runner
     runner.native = None
     runner.static = StaticSteps(
-        runner.network, runner.cache, runner._place, runner._windows, runner.num_kv_heads, runner.device,
+        runner.model, runner.cache, runner._place, runner._windows, runner.num_kv_heads, runner.device,
         capture,
     )  # fmt: skip
     return batch
@@ -102,16 +102,16 @@ def test_ahead_of_the_host(name: str) -> None:
     lengths, how = AHEAD_CASES[name]
     limits, asked = [25, 7, 18, 30][: len(lengths)], [prompt(n) for n in lengths]
 
-    def rows() -> list[Generation]:
+    def rows() -> list[Sequence]:
         ways = [Sampling(**{"seed": n, **how}) for n in range(len(asked))]
         if "each its own" in name:
             ways[1] = Sampling(0.0)
         given = zip(asked, limits, ways, strict=True)
-        return [Generation(ids, limit, way, frozenset()) for ids, limit, way in given]
+        return [Sequence(ids, limit, way, frozenset()) for ids, limit, way in given]
 
     plain = run(Batch(MODEL, 4, 320), rows())
     for ahead, in_bursts in ((1, False), (5, False), (8, True)):
-        batch = static_batch(4, 320, ahead=ahead, in_bursts=in_bursts)
+        batch = static_batch(4, 320, max_steps=ahead, in_bursts=in_bursts)
         reads = count_reads(batch)
         assert run(batch, rows()) == plain
         assert batch.runner.has_graphs and (reads[0] == 0) == (ahead == 1)
@@ -119,14 +119,14 @@ def test_ahead_of_the_host(name: str) -> None:
 
 def count_reads(batch: Batch) -> list[int]:
     """How often several tokens were read at once."""
-    found, real = [0], batch.runner.ahead
+    found, real = [0], batch.runner.draw_steps
 
     def ahead(*args: Any) -> Any:
         tokens = real(*args)
         found[0] += tokens is not None
         return tokens
 
-    batch.runner.ahead = ahead  # type: ignore[method-assign]
+    batch.runner.draw_steps = ahead  # type: ignore[method-assign]
     return found
 
 
@@ -136,7 +136,7 @@ def test_what_ends_a_row_ends_what_was_drawn_ahead() -> None:
     ids = prompt(9)
     said = alone(ids, 30, temperature=0.0)
     for ahead in (1, 8):
-        batch = static_batch(2, 60, ahead=ahead)
+        batch = static_batch(2, 60, max_steps=ahead)
         row = start(ids, 30, temperature=0.0)
         row.stop_ids = frozenset({said[10]})
         assert run(batch, [row]) == [said[: said.index(said[10]) + 1]] and row.finish_reason == "stop"
@@ -149,7 +149,7 @@ def test_what_ends_a_row_ends_what_was_drawn_ahead() -> None:
                 batch.admit([other])
             batch.compute()
         assert gone.output == said[:6] and other.output == alone(prompt(12), 20, temperature=0.0)
-        tight = static_batch(3, 60, ahead=ahead, num_blocks=7)
+        tight = static_batch(3, 60, max_steps=ahead, num_blocks=7)
         assert run(tight, [start(p, 20, temperature=0.0) for p in texts(3)]) == [
             alone(p, 20, temperature=0.0) for p in texts(3)
         ]
@@ -159,7 +159,7 @@ def test_what_ends_a_row_ends_what_was_drawn_ahead() -> None:
             batch.emit()
             if len(asked.output) == 5 and not asked.forced:
                 asked.forced.extend([1, 2, 3])  # as the tool does between two tokens
-                asked.ahead.clear()
+                asked.pending.clear()
             batch.compute()
         assert asked.output[:8] == [*said[:5], 1, 2, 3]
         assert asked.output[8:] == alone([*ids, *said[:5], 1, 2, 3], 22, temperature=0.0)
@@ -180,7 +180,7 @@ def test_the_tool_in_a_text_drawn_ahead() -> None:
     for ahead in (1, 8):
         row = start(prompt(9), 24, temperature=0.0)
         row._tool = Tool()  # type: ignore[assignment]
-        found += run(static_batch(1, 60, ahead=ahead), [row])
+        found += run(static_batch(1, 60, max_steps=ahead), [row])
     assert found[0] == found[1] and found[0][6:8] == [4, 5] and len(found[0]) == 24
 
 
@@ -209,7 +209,7 @@ def test_what_cannot_be_captured_runs_as_before(capsys: pytest.CaptureFixture[st
 
 def test_logits_outlive_the_next_replay() -> None:
     """What a step gave is kept while others run: a graph's own memory is not handed out."""
-    batch = static_batch(1, 60, ahead=1)
+    batch = static_batch(1, 60, max_steps=1)
     row = start(prompt(5), 9)
     batch.admit([row])
     batch.compute()
@@ -228,7 +228,7 @@ def test_logits_outlive_the_next_replay() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_on_a_gpu_graphs_equal_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """And no draw waits for the device."""
-    from nanochat.engine.network import FusedNetwork
+    from nanochat.engine.inference import InferenceGPT
 
     real = Draws.__call__
 
@@ -242,7 +242,7 @@ def test_on_a_gpu_graphs_equal_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Draws, "__call__", strict)
     model = MODEL.to("cuda")
     try:
-        network = FusedNetwork(model, torch.float32)
+        network = InferenceGPT(model, torch.float32)
         for temperature in (0.0, 0.7):
             found = []
             for is_static in (True, False):

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from nanochat.engine.calculator import ToolState
 from nanochat.engine.continuous_batch import Batch
 from nanochat.engine.engine import Engine, Sampling
-from nanochat.engine.sequence import Generation
+from nanochat.engine.sequence import Sequence
 from nanochat.engine.speculate import FIRST_SIZE, NGRAMS, Lookup
 from nanochat.gpt import GPTConfig
 
@@ -82,9 +82,9 @@ SETTINGS = [
 ]
 
 
-def group(prompts: list[list[int]], limit: int = 20, **more) -> list[Generation]:
+def group(prompts: list[list[int]], limit: int = 20, **more) -> list[Sequence]:
     return [
-        Generation(ids, limit + i % 7, SETTINGS[i % len(SETTINGS)], NO_END, **more)
+        Sequence(ids, limit + i % 7, SETTINGS[i % len(SETTINGS)], NO_END, **more)
         for i, ids in enumerate(prompts)
     ]
 
@@ -94,7 +94,7 @@ def one_by_one(count: int) -> list[list[int]]:
     return [run(Batch(MODEL, 1, 120), [row])[0] for row in group(repetitive(count))]
 
 
-def kept(rows: list[Generation]) -> int:
+def kept(rows: list[Sequence]) -> int:
     return sum(row.lookup.num_kept for row in rows if row.lookup is not None)
 
 
@@ -188,7 +188,7 @@ def test_the_tool_is_called_inside_a_guess(in_bursts: bool) -> None:
     rows = []
     for speculate in (0, 16):
         batch = Batch(model, 1, 200, in_bursts=in_bursts, speculate=speculate)
-        rows.append(Generation([BOS], 120, Sampling(0.0), frozenset([END]), ToolState(Bytes())))
+        rows.append(Sequence([BOS], 120, Sampling(0.0), frozenset([END]), ToolState(Bytes())))
         model.fed = []
         run(batch, rows[-1:])
     assert rows[0].output == rows[1].output and rows[0].mask == rows[1].mask
@@ -217,7 +217,7 @@ def test_guesses_never_spoil_the_cache(seed: int) -> None:
     own past, rejected tokens are never known as a prefix."""
     rng = random.Random(seed)
     world = World(rng.choice([9, 14, 40]), rows=rng.randint(1, 4), budget=rng.choice([3, 16]))
-    everyone: list[Generation] = []
+    everyone: list[Sequence] = []
     num_kept = 0
     for step in range(400):
         if step < 60 and rng.random() < 0.3:

@@ -8,7 +8,7 @@ from helpers.engine_cases import END, Bytes, tiny
 
 from nanochat.engine.continuous_batch import Batch
 from nanochat.engine.engine import Sampling
-from nanochat.engine.sequence import Generation
+from nanochat.engine.sequence import Sequence
 from nanochat.gpt import GPT
 
 MODEL = tiny()
@@ -29,11 +29,11 @@ def texts(count: int, longest: int = 60) -> list[list[int]]:
     return found
 
 
-def start(ids: list[int], limit: int = 12, seed: int = 1, temperature: float = 1.0, **more) -> Generation:
-    return Generation(ids, limit, Sampling(temperature, seed=seed), NO_END, **more)
+def start(ids: list[int], limit: int = 12, seed: int = 1, temperature: float = 1.0, **more) -> Sequence:
+    return Sequence(ids, limit, Sampling(temperature, seed=seed), NO_END, **more)
 
 
-def run(batch: Batch, group: list[Generation]) -> list[list[int]]:
+def run(batch: Batch, group: list[Sequence]) -> list[list[int]]:
     batch.admit(group)
     while batch.is_running:
         batch.emit()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nanochat.engine.block_manager import DUMMY, BlockManager, Pool
 from nanochat.engine.scheduler import Chunk, Scheduler
-from nanochat.engine.sequence import Generation
+from nanochat.engine.sequence import Sequence
 
 SIZE = 4
 
@@ -18,7 +18,7 @@ class World:
     def __init__(
         self, num_blocks: int = 40, rows: int = 4, budget: int = 16, window_blocks: int | None = None
     ) -> None:
-        pools = [Pool(num_blocks, None, 8), Pool(window_blocks or num_blocks, WINDOW, 4)]
+        pools = [Pool(num_blocks), Pool(window_blocks or num_blocks, WINDOW)]
         self.blocks = BlockManager(pools, SIZE)
         self.scheduler = Scheduler(self.blocks, rows, budget)
         self.store = [[[None] * SIZE for _ in range(pool.num_blocks)] for pool in pools]
@@ -31,7 +31,7 @@ class World:
             self.store[group][target] = list(self.store[group][source])
         assert sum(chunk.stop - chunk.start for chunk in chunks) <= self.scheduler.token_budget
         for chunk in chunks:
-            g = chunk.generation
+            g = chunk.sequence
             assert g.num_computed == chunk.start < chunk.stop - chunk.num_drafted <= g.num_tokens
             ids = tuple(g.tokens(0, g.num_tokens + len(g.draft)))
             for group, pool in enumerate(self.blocks.pools):
@@ -40,14 +40,14 @@ class World:
                     assert pool.refs[block] == 1 and block not in pool.node_of and block != DUMMY
                     self.store[group][block][p % SIZE] = ids[: p + 1]
         for chunk in chunks:  # reading comes after all writing, as in a layer
-            self.check_reads(chunk.generation, chunk.start, chunk.stop)
+            self.check_reads(chunk.sequence, chunk.start, chunk.stop)
         self.num_computed += sum(chunk.stop - chunk.start for chunk in chunks)
         self.chunks = chunks
         self.forks = self.scheduler.computed(chunks)
         self.check_counts()
         return chunks
 
-    def check_reads(self, g: Generation, start: int, stop: int) -> None:
+    def check_reads(self, g: Sequence, start: int, stop: int) -> None:
         ids = tuple(g.tokens(0, g.num_tokens + len(g.draft)))
         for group, pool in enumerate(self.blocks.pools):
             oldest = 0 if pool.window is None else max(0, start - pool.window)
@@ -82,5 +82,5 @@ class World:
             self.scheduler.sweep()
 
 
-def new(prompt: list[int], limit: int = 6, **more) -> Generation:
-    return Generation(prompt, limit, None, frozenset(), **more)
+def new(prompt: list[int], limit: int = 6, **more) -> Sequence:
+    return Sequence(prompt, limit, None, frozenset(), **more)

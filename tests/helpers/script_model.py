@@ -33,7 +33,7 @@ class Script(Chain):
         self.delay_seconds = delay_seconds
 
     def forward_hidden(self, ids_BT: torch.Tensor, context: Context) -> torch.Tensor:
-        positions_BT = context.positions
+        positions_BT = context.positions.expand(ids_BT.shape)
         starts = positions_BT[ids_BT == START]
         if len(starts):
             self._base = int(starts.max())

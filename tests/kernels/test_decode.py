@@ -11,9 +11,9 @@ from helpers.engine_cases import Bytes, prompt, tiny
 
 from nanochat.engine.continuous_batch import Batch
 from nanochat.engine.engine import Engine, Sampling
-from nanochat.engine.network import FusedNetwork, Matrix, TrunkNetwork, network_of, quantize
-from nanochat.engine.sequence import Generation
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.engine.inference import InferenceGPT, InferenceLinear, prepare, quantize
+from nanochat.engine.sequence import Sequence
+from nanochat.gpt import GPT, GPTConfig, rope_tables
 from nanochat.kernels import build as native
 from nanochat.kernels import decode as native_step
 
@@ -51,14 +51,14 @@ def without_avx512(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def check_product(dtype: torch.dtype, rows: int, cols: int, counts: list[int]) -> None:
     """What was stored times x; and the same bits whoever comes along."""
-    matrix, x = Matrix(random(rows, cols), dtype), random(max(counts), cols, seed=1)
+    matrix, x = InferenceLinear.of(random(rows, cols), dtype), random(max(counts), cols, seed=1)
     seen = x.bfloat16() if dtype != torch.float32 and is_tiled(dtype) else x
-    stored = matrix.many.double() * (1 if matrix.scale is None else matrix.scale.double()[:, None])
+    stored = matrix.weight_OI.double() * (1 if matrix.scale_O is None else matrix.scale_O.double()[:, None])
     wanted = seen.double() @ stored.T
-    assert matrix._native is not None
-    alone = torch.cat([native_step.multiply(matrix._native, row[None]) for row in x])
+    assert matrix.native is not None
+    alone = torch.cat([native_step.multiply(matrix.native, row[None]) for row in x])
     for count in counts:
-        y = native_step.multiply(matrix._native, x[:count])
+        y = native_step.multiply(matrix.native, x[:count])
         assert float((y - wanted[:count]).abs().max()) < 2e-5 * cols**0.5
         assert torch.equal(y, alone[:count])
 
@@ -81,14 +81,14 @@ def test_products_without_avx512(dtype: torch.dtype, without_avx512: None) -> No
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_change_no_bit(dtype: torch.dtype) -> None:
-    matrix, x = Matrix(random(2048, 600), dtype), random(40, 600, seed=1)
+    matrix, x = InferenceLinear.of(random(2048, 600), dtype), random(40, 600, seed=1)
     lib = native_step.library()
     assert lib is not None
     for count in (3, 40):
         found = []
         for threads in (1, 2, 3):
             y = torch.empty(count, 2048)
-            address = native_step.ctypes.addressof(matrix._native)
+            address = native_step.ctypes.addressof(matrix.native)
             lib.multiply(address, x.data_ptr(), count, y.data_ptr(), threads)
             found.append(y)
         assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
@@ -110,7 +110,7 @@ def test_copies_in_huge_pages(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
 # ---------------------------------------------------------------- a whole step
 
 
-def outputs(model: GPT, network: FusedNetwork, lengths: list[int], limit: int = 12) -> list[list[float]]:
+def outputs(model: GPT, network: InferenceGPT, lengths: list[int], limit: int = 12) -> list[list[float]]:
     """Log-probabilities of what a mixed batch says greedily, with its tokens' ids."""
     rows = [start(prompt(n), limit, seed=n, temperature=0.0, top_logprobs=0) for n in lengths]
     run(Batch(model, len(rows), 400, network=network), rows)
@@ -126,16 +126,21 @@ def heads_of(head_dim: int) -> GPT:
     return model
 
 
+def tables_of(head_dim: int) -> native_step.RopeTables:
+    return lambda positions: rope_tables(positions, head_dim, 1e5, torch.float32)
+
+
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("model", [MODEL, heads_of(24), heads_of(80)], ids=["model", "24", "80"])
 def test_a_step_equals_pytorch(model: GPT, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows that come round, grouped heads, value embeddings, smear, rows that join: every logit. Where one
     of the two rounds inputs to bf16, texts soon differ; then the scores of a given text are compared."""
-    network = FusedNetwork(model, dtype)
+    network = InferenceGPT(model, dtype)
     is_exact = dtype == torch.float32 or (dtype == torch.int8 and not is_tiled(dtype))
-    for matrix in [network.head, *(m for layer in network.layers for m in layer[2:6])]:
-        matrix.wide = torch.float32  # of long prompts without tiles, which are PyTorch's either way
+    for matrix in network.modules():
+        if isinstance(matrix, InferenceLinear):
+            matrix.wide = torch.float32  # of long prompts without tiles, which are PyTorch's either way
     lengths = [3, 262, 17, 250]
 
     def scores() -> torch.Tensor:
@@ -158,12 +163,12 @@ def test_a_step_equals_pytorch(model: GPT, dtype: torch.dtype, monkeypatch: pyte
 @pytest.mark.parametrize("head_dim", [8, 32, 80])
 def test_company_changes_no_bit(dtype: torch.dtype, head_dim: int) -> None:
     """Hidden states of 300 tokens in chunks of any size, beside another sequence."""
-    network, ids = FusedNetwork(heads_of(head_dim), dtype), prompt(300)
+    network, ids = InferenceGPT(heads_of(head_dim), dtype), prompt(300)
     kept = native_step.kv_dtype(network)
 
     def hidden(sizes: list[int], beside: int = 0) -> torch.Tensor:
         stores = [torch.full((640, 4, head_dim), torch.nan, dtype=kept) for _ in range(2)]
-        step = native_step.NativeStep.of(network, stores, [130, -1], [0, 0], 1, 16)
+        step = native_step.NativeStep.of(network, stores, [130, -1], [0, 0], 1, 16, tables_of(head_dim))
         assert step is not None
         tables = [[list(range(20)), list(range(20, 40))]]
         found, at = [], 0
@@ -196,9 +201,9 @@ def test_company_changes_no_answer(dtype: torch.dtype) -> None:
     """Sampled answers of narrow weights, many at once and one by one, prompts whole and in pieces."""
     if not takes_any(dtype):
         pytest.skip("many tokens are PyTorch's here")
-    network = FusedNetwork(MODEL, dtype)
+    network = InferenceGPT(MODEL, dtype)
 
-    def rows() -> list[Generation]:
+    def rows() -> list[Sequence]:
         return [start(prompt(5 + 7 * n), 20, seed=n, temperature=0.8, top_logprobs=2) for n in range(20)]
 
     together, pieces, alone = rows(), rows(), rows()
@@ -219,7 +224,7 @@ def test_steps_go_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
     run(Batch(MODEL, 3, 80), [start(prompt(n), 9) for n in (20, 5, 3)])
     assert calls[:1] == ([28] if takes_any(torch.float32) else [3]) and calls.count(3) == 8
     calls.clear()
-    run(Batch(MODEL, 1, 80, network=TrunkNetwork(MODEL)), [start(prompt(4), 3)])
+    run(Batch(MODEL, 1, 80, network=MODEL), [start(prompt(4), 3)])
     monkeypatch.setattr(native, "_override", False)
     run(Batch(MODEL, 1, 80), [start(prompt(4), 3)])
     assert not calls
@@ -229,7 +234,7 @@ def test_steps_go_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 def test_guesses_are_exact_to_the_bit(dtype: torch.dtype) -> None:
     """A token's logits do not depend on what is computed beside it: guessing moves nothing in bf16 either."""
-    network, ids = FusedNetwork(MODEL, dtype), prompt(15) * 3
+    network, ids = InferenceGPT(MODEL, dtype), prompt(15) * 3
     rows = [start(ids, 60, temperature=0.3, top_logprobs=3) for _ in range(2)]
     run(Batch(MODEL, 1, 110, network=network), rows[:1])
     run(Batch(MODEL, 1, 110, network=network, speculate=8), rows[1:])
@@ -275,7 +280,7 @@ WRONG_INDICES = {  # what is given in place of a good argument, and what is said
 def test_wrong_indices_are_refused_before_memory_is_touched(name: str) -> None:
     stores = [torch.zeros(640, 4, 8) for _ in range(2)]
     step = native_step.NativeStep.of(
-        FusedNetwork(heads_of(8), torch.float32), stores, [130, -1], [0, 0], 1, 16
+        InferenceGPT(heads_of(8), torch.float32), stores, [130, -1], [0, 0], 1, 16, tables_of(8)
     )
     assert step is not None
     good = {"ids": [3, 4], "prev": [-1, 3], "positions": [0, 1], "rows": [0, 0], "tables": [[[1, 2], [3, 4]]]}
@@ -291,7 +296,9 @@ def test_wrong_indices_are_refused_before_memory_is_touched(name: str) -> None:
 def test_a_layer_of_no_group_is_refused() -> None:
     stores = [torch.zeros(640, 4, 8) for _ in range(2)]
     with pytest.raises(IndexError, match="groups of layers must lie between 0 and 0, found 1"):
-        native_step.NativeStep.of(FusedNetwork(heads_of(8), torch.float32), stores, [130, -1], [0, 1], 1, 16)
+        native_step.NativeStep.of(
+            InferenceGPT(heads_of(8), torch.float32), stores, [130, -1], [0, 1], 1, 16, tables_of(8)
+        )
 
 
 @needs_compiler
@@ -303,8 +310,8 @@ def test_tables_in_bf16() -> None:
     with torch.no_grad():
         for name, parameter in wide.named_parameters():
             parameter.copy_(model.get_parameter(name))
-    assert outputs(model, FusedNetwork(model, torch.float32), [5]) == outputs(
-        wide, FusedNetwork(wide, torch.float32), [5]
+    assert outputs(model, InferenceGPT(model, torch.float32), [5]) == outputs(
+        wide, InferenceGPT(wide, torch.float32), [5]
     )
 
 
@@ -315,7 +322,7 @@ def test_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         for n, parameter in enumerate(model.parameters()):
             parameter.copy_(random(*parameter.shape, seed=n, size=0.3))
-    network = FusedNetwork(model, torch.float32)
+    network = InferenceGPT(model, torch.float32)
     ours = outputs(model, network, [5, 9])
     monkeypatch.setattr(native, "_override", False)
     for a, b in zip(ours, outputs(model, network, [5, 9]), strict=True):
@@ -324,7 +331,7 @@ def test_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_what_decode_c_does_not_know_is_pytorchs(dtype: torch.dtype) -> None:
-    network = FusedNetwork(MODEL, dtype)
+    network = InferenceGPT(MODEL, dtype)
     assert native_step.kv_dtype(network) == torch.float32
     rows = [start(prompt(9), 5, temperature=0.0)]
     run(Batch(MODEL, 1, 40, network=network), rows)
@@ -336,8 +343,8 @@ def test_what_decode_c_does_not_know_is_pytorchs(dtype: torch.dtype) -> None:
 def test_turned_off_in_mid_run(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The PyTorch lines go on with the same cache."""
     rows = [start(prompt(9), 12, temperature=0.0) for _ in range(2)]
-    run(Batch(MODEL, 1, 40, network=FusedNetwork(MODEL, dtype)), rows[:1])
-    batch = Batch(MODEL, 1, 40, network=FusedNetwork(MODEL, dtype))
+    run(Batch(MODEL, 1, 40, network=InferenceGPT(MODEL, dtype)), rows[:1])
+    batch = Batch(MODEL, 1, 40, network=InferenceGPT(MODEL, dtype))
     batch.admit(rows[1:])
     while batch.is_running:
         batch.emit()
@@ -366,7 +373,7 @@ def test_codes() -> None:
 def test_a_products_error_has_a_bound(wide: torch.dtype) -> None:
     """scale / 2 * sum |x|, for one token and for many, which come in pieces (bf16 rounds their inputs)."""
     weight, x = random(50, 90), random(30, 90, seed=1)
-    matrix = Matrix(weight, torch.int8, wide=wide)
+    matrix = InferenceLinear.of(weight, torch.int8, wide=wide)
     exact = x.double() @ weight.double().T
     _, scale = quantize(weight)
     bound = 0.5001 * scale * x.abs().sum(dim=1, keepdim=True)
@@ -383,7 +390,7 @@ def test_int8_logits_stay_near(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def scores(dtype: torch.dtype) -> torch.Tensor:
         row = start(ids, 0, prompt_top_logprobs=0)
-        run(Batch(MODEL, 1, 50, network=FusedNetwork(MODEL, dtype), token_budget=3), [row])
+        run(Batch(MODEL, 1, 50, network=InferenceGPT(MODEL, dtype), token_budget=3), [row])
         return torch.tensor([entry[0] for entry in row.prompt_logprobs or [] if entry])
 
     exact = scores(torch.float32)
@@ -399,12 +406,12 @@ def test_int8_engine() -> None:
     engine, ids = Engine(MODEL, Bytes(), torch.int8, speculate=4), prompt(9) * 4
     together = engine.complete([ids, ids[:20]], max_tokens=12)
     assert together == [engine.complete([p], max_tokens=12)[0] for p in (ids, ids[:20])]
-    assert engine.network().head.many.dtype == torch.int8
+    assert engine.network().lm_head.weight_OI.dtype == torch.int8
 
     class Other(GPT):
         pass
 
     with pytest.raises(ValueError, match="int8"):
-        network_of(Other(GPTConfig(16, 262, 1, 1, 1, 24, "L")), torch.int8)
-    row = Generation(ids, 3, Sampling(0.0), frozenset())
+        prepare(Other(GPTConfig(16, 262, 1, 1, 1, 24, "L")), torch.int8)
+    row = Sequence(ids, 3, Sampling(0.0), frozenset())
     assert len(run(Batch(MODEL, 1, 60, network=engine.network()), [row])[0]) == 3
