@@ -134,8 +134,8 @@ def test_lru_order() -> None:
     assert used.num_cached == 8
     pool = world.blocks.pools[0]
     chain = [node.serial for node in pool.node_of.values() if node.key[1] == (1,) * 4]
-    ages = sorted((pool.freed_at[b], n.serial) for b, n in pool.node_of.items() if n.serial in chain)
-    assert [serial for _, serial in ages] == sorted(chain, reverse=True)
+    known = [pool.node_of[block].serial for block in pool.free if block in pool.node_of]
+    assert [serial for serial in known if serial in chain] == sorted(chain, reverse=True)
 
 
 def test_forgotten_weights_forget_prefixes() -> None:
