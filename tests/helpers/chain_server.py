@@ -53,7 +53,8 @@ class Chain:
         if self.is_broken:
             self.is_broken = False
             raise RuntimeError("out of order")
-        self.num_rows.append(len(ids_BT))
+        # Tokens of a row lie side by side at positions that follow one another.
+        self.num_rows.append(1 + int((context.positions.diff() != 1).sum()))
         time.sleep(self.delay_seconds)
         return self.nexts[ids_BT].unsqueeze(-1)
 
