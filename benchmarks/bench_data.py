@@ -118,7 +118,7 @@ def wait(uri: str, tok: Any, steps: int) -> dict[str, float]:
     from nanochat import runtime, scaling
     from nanochat.data.loader import DocumentBatches
     from nanochat.data.sources import open_source
-    from nanochat.gpt import GPT, GPTConfig
+    from nanochat.gpt import GPT
     from nanochat.home import Home
     from nanochat.train.loop import Rates, TrainState, fit
 
@@ -127,7 +127,7 @@ def wait(uri: str, tok: Any, steps: int) -> dict[str, float]:
         4, aspect=32, head_dim=64, sequence_len=512, vocab_size=tok.get_vocab_size(), window_pattern="L",
         num_steps=100, batch_tokens=2048, device_batch=1,
     )  # fmt: skip
-    model = GPT(GPTConfig(**plan.config()), rt.dtype).to(rt.device)
+    model = GPT(plan.config, rt.dtype).to(rt.device)
     model.init_weights(1)
     optimizer = model.setup_optimizer(batch_tokens=plan.batch_tokens, weight_decay=plan.weight_decay)
     seen: list[tuple[float, float]] = []  # (waited, whole) seconds of each step

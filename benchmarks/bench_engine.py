@@ -47,7 +47,7 @@ from nanochat.engine.engine import Sampling
 from nanochat.engine.inference import InferenceGPT, cpu_dtype
 from nanochat.engine.kv_cache import KVCache
 from nanochat.engine.sequence import Sequence
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT
 from nanochat.kernels.decode import kv_dtype
 
 FLOORS = {"decode": 3.0, "mixed": 15.0, "bandwidth": 0.55}  # times the plain loop that casts; share
@@ -58,7 +58,7 @@ def model_of(depth: int, vocab: int, context: int, head_dim: int) -> GPT:
     """Random matrices; tables of value embeddings stay zero, for memory that nobody touches costs nothing."""
     plan = scaling.plan(depth, head_dim=head_dim, sequence_len=context, vocab_size=vocab, num_steps=1)
     with torch.device("meta"):
-        model = GPT(GPTConfig(**plan.config()))
+        model = GPT(plan.config)
     model.to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():

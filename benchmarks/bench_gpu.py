@@ -23,7 +23,6 @@ import torch
 from nanochat import hardware, runtime, scaling
 from nanochat import load as models
 from nanochat.flash_attention import explain
-from nanochat.gpt import GPTConfig
 from nanochat.train import speed
 
 
@@ -60,7 +59,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         args.depth, aspect=args.width_per_layer, sequence_len=args.sequence_len,
         device_batch=args.device_batch, batch_tokens=batch // one * one, num_steps=1000,
     )  # fmt: skip
-    model = models.build(GPTConfig(**plan.config()), rt, seed=1)
+    model = models.build(plan.config, rt, seed=1)
     optimizer = model.setup_optimizer(batch_tokens=plan.batch_tokens, weight_decay=plan.weight_decay)
     speed.apply(model, args.speed, rt)
     print(explain(rt.device, rt.dtype))

@@ -17,7 +17,7 @@ import torch
 from benchmarks.bench_train import write_rows
 from benchmarks.plain_loop import PlainOptimizer
 from nanochat import hardware, runtime, scaling
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT
 from nanochat.optim.muon import POLAR_EXPRESS
 
 
@@ -37,7 +37,7 @@ def measure(
                         device_batch=1)  # fmt: skip
     steppers = {}
     for name in ("ours", "plain"):
-        model = GPT(GPTConfig(**plan.config()), dtype).to(device)
+        model = GPT(plan.config, dtype).to(device)
         model.init_weights(1)
         optimizer = model.setup_optimizer(batch_tokens=plan.batch_tokens, weight_decay=0.1)
         stepper = optimizer if name == "ours" else PlainOptimizer(optimizer.param_groups, dtype)

@@ -39,7 +39,7 @@ def measure(depth: str, dtype_name: str, variant: str) -> dict[str, float | int 
     import torch
 
     from nanochat import hardware, runtime, scaling
-    from nanochat.gpt import GPT, GPTConfig
+    from nanochat.gpt import GPT
     from nanochat.kernels import build as native
 
     runtime.start("cpu", dtype_name)
@@ -49,7 +49,7 @@ def measure(depth: str, dtype_name: str, variant: str) -> dict[str, float | int 
         4 if depth == "demo" else int(depth), vocab_size=VOCAB, window_pattern="L", num_steps=100,
         batch_tokens=rows * length, **shape,
     )  # fmt: skip
-    model = GPT(GPTConfig(**plan.config()), dtype)
+    model = GPT(plan.config, dtype)
     model.init_weights(1)
     optimizer = model.setup_optimizer(batch_tokens=plan.batch_tokens, weight_decay=plan.weight_decay)
     ids = torch.randint(0, VOCAB, (rows, length + 1), generator=torch.Generator().manual_seed(0))

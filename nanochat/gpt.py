@@ -9,91 +9,25 @@ heads, E size of a head, C = K*E, V vocabulary, L layers, N = B*T tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat import kernels, scaling
+from nanochat import kernels
 from nanochat.bigram import BigramEmbedding
 from nanochat.context import Context, LayerContext, cache_context, row_context
+from nanochat.gpt_config import GPTConfig
 from nanochat.kernels.linear import Embedding, Linear
 
 if TYPE_CHECKING:
     from nanochat.optim import MuonAdamW
 
+__all__ = ["GPT", "GPTConfig"]
+
 NORM_EPS = 2.0**-23  # the distance from 1 to the next fp32 number
 CHUNK_LOGITS = 1 << 24  # entries of the logits that token_nll holds at once: 64 MB in fp32
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """Everything that decides what the weights of a checkpoint mean. It is saved with every checkpoint.
-
-    Raises ValueError for sizes that do not fit together.
-    """
-
-    # The shape.
-    sequence_len: int = 2048
-    vocab_size: int = 32768
-    n_layer: int = 12
-    n_head: int = 6
-    n_kv_head: int = 6
-    n_embd: int = 768
-    # One letter per layer, repeated: L sees the whole row, S a short window. The last layer is always L.
-    window_pattern: str = "SSSL"
-    # A short window is sequence_len / short_window_divisor keys, rounded up to a multiple of the next field.
-    short_window_divisor: int = 4
-    short_window_multiple: int = 128
-    # Rows of the hashed table of token pairs (nanochat.bigram); 0 means that there is none.
-    bigram_rows: int = 0
-    # The slowest rotation of RoPE has a period of 2 pi * rope_base tokens.
-    rope_base: float = 100_000.0
-    # Queries and keys have an RMS of qk_scale: scores are sharper than with unit vectors.
-    qk_scale: float = 1.2
-    # Logits stay within +-softcap.
-    softcap: float = 15.0
-    # The number of leading channels of the stream that the two kinds of gates read.
-    smear_channels: int = 24
-    ve_gate_channels: int = 12
-
-    def __post_init__(self) -> None:
-        sizes = (self.sequence_len, self.vocab_size, self.n_layer, self.n_head, self.n_kv_head)
-        if min(sizes) < 1 or self.bigram_rows < 0:
-            raise ValueError(f"every size of a model must be at least 1, found {asdict(self)}")
-        if self.n_embd % self.n_head or self.head_dim % 2:
-            found = f"{self.n_embd} and {self.n_head}"
-            raise ValueError(f"n_embd must be an even multiple of n_head, found {found}")
-        widest_gate = max(self.smear_channels, self.ve_gate_channels)
-        if self.n_embd < widest_gate:
-            raise ValueError(f"n_embd must be at least {widest_gate}, what gates read, found {self.n_embd}")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_kv_head must divide n_head, found {self.n_kv_head} and {self.n_head}")
-        _ = self.windows  # raises ValueError for letters other than S and L
-
-    @property
-    def head_dim(self) -> int:
-        return self.n_embd // self.n_head
-
-    @property
-    def kv_dim(self) -> int:
-        return self.n_kv_head * self.head_dim
-
-    @property
-    def padded_vocab(self) -> int:
-        """Rows of the embedding tables and of the head; the logits are cut back to vocab_size."""
-        return -(-self.vocab_size // 64) * 64
-
-    @property
-    def windows(self) -> list[int]:
-        """By layer, how many keys to the left of itself a query sees."""
-        return scaling.windows(self.n_layer, self.sequence_len, self.window_pattern)
-
-    def has_value_embedding(self, layer: int) -> bool:
-        """Every second layer has value embeddings, counted so that the last one does."""
-        return layer % 2 == (self.n_layer - 1) % 2
 
 
 # ---------------------------------------------------------------- one layer
@@ -414,19 +348,12 @@ class GPT(nn.Module):
     # ---------------------------------------------------------------- counts and the optimizer
 
     def num_scaling_params(self) -> dict[str, int]:
-        """Numbers of parameters by group; "scaling" is the count that the amount of data is scaled by."""
-        cfg = self.config
-        counts = scaling.count_params(cfg.n_layer, cfg.n_embd, cfg.kv_dim, cfg.n_kv_head, cfg.vocab_size)
-        if cfg.bigram_rows:
-            counts["bigram_embeds"] = cfg.bigram_rows * cfg.n_embd
-            counts["total"] += counts["bigram_embeds"]
-        return counts
+        """Numbers of parameters by group; see GPTConfig.count_params."""
+        return self.config.count_params()
 
     def estimate_flops(self, causal: bool = False) -> float:
-        """FLOPs of one token, forward and backward. causal: count only the keys that a query sees."""
-        cfg = self.config
-        matrices = self.num_scaling_params()["scaling"] + cfg.smear_channels
-        return scaling.flops_per_token(matrices, cfg.n_embd, cfg.windows, cfg.sequence_len, causal)
+        """FLOPs of one token, forward and backward; see GPTConfig.flops_per_token."""
+        return self.config.flops_per_token(causal)
 
     def setup_optimizer(
         self, *, batch_tokens: int = 2**19, weight_decay: float = 0.28, lr_scale: float = 1.0, **rates: float

@@ -9,6 +9,8 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from nanochat.gpt_config import GPTConfig
+
 REF_PARAMS = 110_100_912  # transformer matrices and head of the reference, d12
 REF_BATCH = 2**19
 REF_DECAY = 0.28
@@ -52,58 +54,25 @@ class Plan:
     def total_flops(self) -> float:
         return self.flops_per_token * self.num_steps * self.batch_tokens
 
-    def config(self) -> dict[str, Any]:
-        """The arguments of GPTConfig."""
-        return {
-            "sequence_len": self.sequence_len,
-            "vocab_size": self.vocab_size,
-            "n_layer": self.depth,
-            "n_head": self.num_heads,
-            "n_kv_head": self.num_kv_heads,
-            "n_embd": self.model_dim,
-            "window_pattern": self.window_pattern,
-            "bigram_rows": self.bigram_rows,
-        }
+    @property
+    def config(self) -> GPTConfig:
+        """The model."""
+        return GPTConfig(
+            sequence_len=self.sequence_len,
+            vocab_size=self.vocab_size,
+            n_layer=self.depth,
+            n_head=self.num_heads,
+            n_kv_head=self.num_kv_heads,
+            n_embd=self.model_dim,
+            window_pattern=self.window_pattern,
+            bigram_rows=self.bigram_rows,
+        )
 
 
 def shape(depth: int, aspect: int = 64, head_dim: int = 128) -> tuple[int, int]:
     """(width, heads): depth * aspect rounded up to whole heads."""
     heads = -(-depth * aspect // head_dim)
     return heads * head_dim, heads
-
-
-def count_params(depth: int, width: int, kv_dim: int, kv_heads: int, vocab: int) -> dict[str, int]:
-    """Parameter counts without building a model."""
-    padded, embeds = -(-vocab // 64) * 64, (depth + 1) // 2
-    matrices = depth * (10 * width**2 + 2 * width * kv_dim) + 12 * embeds * kv_heads
-    counts = {"wte": padded * width, "lm_head": padded * width, "value_embeds": embeds * padded * kv_dim}
-    counts |= {"transformer_matrices": matrices, "scalars": 2 * depth + 26}
-    counts["total"] = sum(counts.values())
-    counts["scaling"] = matrices + padded * width
-    return counts
-
-
-def windows(depth: int, sequence_len: int, pattern: str) -> list[int]:
-    """Keys to the left by layer: T for L, 128 * ceil(T / 512) for S; the last layer is always L.
-
-    Raises ValueError for a pattern of other letters.
-    """
-    if not pattern or set(pattern.upper()) - set("SL"):
-        raise ValueError(f"window_pattern must be made of S and L, found {pattern!r}")
-    short = min(128 * -(-sequence_len // 512), sequence_len)
-    letters = [pattern.upper()[i % len(pattern)] for i in range(depth - 1)] + ["L"]
-    return [sequence_len if letter == "L" else short for letter in letters]
-
-
-def flops_per_token(
-    matrices: int, width: int, layer_windows: list[int], sequence_len: int, causal: bool = False
-) -> float:
-    """Forward and backward: 6 a matrix parameter, 12 D a visible key; `causal` counts keys exactly."""
-    keys = 0.0
-    for window in layer_windows:
-        m = min(window + 1, sequence_len)
-        keys += m - m * (m - 1) / (2 * sequence_len) if causal else min(window, sequence_len)
-    return 6 * matrices + 12 * width * keys
 
 
 def best_batch(horizon_tokens: float, ref_horizon: float) -> int:
@@ -144,9 +113,11 @@ def plan(
     if heads % kv_heads:
         fits = ", ".join(str(k) for k in range(1, heads + 1) if heads % k == 0)
         raise ValueError(f"num_kv_heads must divide the {heads} heads, found {kv_heads}; these do: {fits}")
-    counts = count_params(depth, width, kv_heads * head_dim, kv_heads, vocab_size)
-    layer_windows = windows(depth, sequence_len, window_pattern)
-    flops = flops_per_token(counts["scaling"] + 24, width, layer_windows, sequence_len)
+    config = GPTConfig(
+        sequence_len, vocab_size, depth, heads, kv_heads, width, window_pattern, bigram_rows=bigram_rows
+    )
+    counts = config.count_params()
+    flops = config.flops_per_token()
     ref_horizon = ratio * REF_PARAMS
     horizon = ratio * counts["scaling"] if target_flops is None else target_flops / flops
     step_rows_tokens = device_batch * sequence_len * world_size
@@ -176,7 +147,7 @@ def plan(
         sequence_len=sequence_len,
         vocab_size=vocab_size,
         window_pattern=window_pattern,
-        params_total=counts["total"] + bigram_rows * width,
+        params_total=counts["total"],
         params_scaling=counts["scaling"],
         flops_per_token=flops,
         horizon_tokens=horizon_tokens,
@@ -223,8 +194,8 @@ def memory_bytes(
     (native.has("attention")). With is_checkpointed only each layer's input, and one layer.
     """
     keeps_scores = on_cpu and bytes_per_value == 4 if keeps_scores is None else keeps_scores
-    tokens, width, kv = p.device_batch * p.sequence_len, p.model_dim, p.num_kv_heads * p.head_dim
-    counts = count_params(p.depth, p.model_dim, kv, p.num_kv_heads, p.vocab_size)
+    tokens, width, kv = p.device_batch * p.sequence_len, p.model_dim, p.config.kv_dim
+    counts = p.config.count_params()
     matrices, linears = counts["transformer_matrices"], counts["scaling"]
     largest = max(4 * width * width * p.depth, 4.0 * width * width)  # of a stack that Muon updates at once
     # Per token: input of mix, two norms, q, attention's output, relu^2 (4), and k, v, half of a value
@@ -238,7 +209,7 @@ def memory_bytes(
         if is_checkpointed
         else layer * tokens * p.depth
     )
-    chunk = 2.0**22 if on_cpu else 2.0**27  # logits at once, see cross_entropy.py
+    chunk = 2.0**22 if on_cpu else 2.0**27  # logits at once, see kernels/loss.py
     logits = min(chunk, tokens * p.vocab_size) * bytes_per_value
     return {
         "weights": 4.0 * p.params_total,

@@ -16,7 +16,6 @@ from nanochat.data.loader import DocumentBatches, validation_batches
 from nanochat.data.sources import Source, open_source
 from nanochat.data.warmup import Primed
 from nanochat.eval.bpb import evaluate_bpb
-from nanochat.gpt import GPTConfig
 from nanochat.home import Home
 from nanochat.optim.groups import LM_HEAD_EPS
 from nanochat.tokenizer import RustBPETokenizer
@@ -92,22 +91,21 @@ def main(argv: list[str] | None = None) -> None:
 def train(cfg: Settings, rt: runtime.Runtime) -> None:
     home = Home.find(cfg.home)
     tok = RustBPETokenizer.from_directory(home.tokenizer_dir)
-    plan, model_config = make_plan(cfg, tok.get_vocab_size(), rt.world_size)
+    plan = make_plan(cfg, tok.get_vocab_size(), rt.world_size)
     source = open_documents(cfg, home, plan, rt)
     inputs = {"tokenizer": tok.fingerprint(), "data": source.fingerprint()}
 
     def prepare() -> Training:
         rt.say(f"base: settings\n{config.describe(cfg)}\nbase: plan\n{config.describe(plan)}")
-        return prepare_training(cfg, rt, tok, plan, model_config, source)
+        return prepare_training(cfg, rt, tok, plan, source)
 
     run_stage("base", cfg, rt, inputs, prepare, result_shown="val_bpb")
 
 
-def make_plan(cfg: Settings, vocab_size: int, world_size: int) -> tuple[scaling.Plan, GPTConfig]:
+def make_plan(cfg: Settings, vocab_size: int, world_size: int) -> scaling.Plan:
     flags = {name: getattr(cfg, name) for name in PLAN_FLAGS}
     try:
-        plan = scaling.plan(**flags, vocab_size=vocab_size, world_size=world_size)
-        return plan, GPTConfig(**plan.config())
+        return scaling.plan(**flags, vocab_size=vocab_size, world_size=world_size)
     except ValueError as error:
         raise errors.UserError(str(error), "change that flag; see python -m scripts.plan") from error
 
@@ -133,10 +131,9 @@ def prepare_training(
     rt: runtime.Runtime,
     tok: RustBPETokenizer,
     plan: scaling.Plan,
-    model_config: GPTConfig,
     source: Source,
 ) -> Training:
-    model = load.build(model_config, rt, cfg.seed, cfg.smear)
+    model = load.build(plan.config, rt, cfg.seed, cfg.smear)
     optimizer = model.setup_optimizer(
         batch_tokens=plan.batch_tokens,
         # The rule of the decay assumes the planned rates.

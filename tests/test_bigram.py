@@ -98,7 +98,7 @@ def test_rule_and_counts() -> None:
     assert counts["scaling"] == counts["transformer_matrices"] + counts["lm_head"]
     p = scaling.plan(2, aspect=32, head_dim=32, sequence_len=64, vocab_size=300, bigram_rows=128)
     with torch.device("meta"):
-        net = GPT(GPTConfig(**p.config()))
+        net = GPT(p.config)
     assert net.num_scaling_params()["total"] == p.params_total and net.estimate_flops() == p.flops_per_token
     with pytest.raises(ValueError, match="bigram_rows must be at least 0"):
         scaling.plan(2, bigram_rows=-5)

@@ -115,7 +115,7 @@ def test_plan_reproduces_the_reference_table(depth: int, steps: int, batch: int,
     assert (p.num_steps, p.batch_tokens) == (steps, batch)
     assert p.weight_decay == pytest.approx(decay, abs=2e-3)
     with torch.device("meta"):
-        net = GPT(GPTConfig(**p.config()))
+        net = GPT(p.config)
     assert net.num_scaling_params()["total"] == p.params_total
     assert net.estimate_flops() == p.flops_per_token
 
@@ -124,7 +124,7 @@ def test_plan_constants_agree_with_the_optimizer_and_the_config() -> None:
     from nanochat.optim.groups import RULES
 
     assert next(rule.lr for rule in RULES if rule.rate == "matrix_lr") == scaling.MATRIX_LR
-    assert scaling.windows(5, 700, "SSL") == [256, 256, 700, 256, 700]
+    assert GPTConfig(700, n_layer=5, window_pattern="SSL").windows == [256, 256, 700, 256, 700]
 
 
 def test_bad_sizes_are_refused() -> None:

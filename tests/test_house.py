@@ -32,6 +32,7 @@ LAYERS = [
     {"kernels", "tokenizer", "checkpoint", "bpe"},
     {
         "chat_format",
+        "gpt_config",
         "scaling",
         "config",
         "runtime",
@@ -43,7 +44,7 @@ LAYERS = [
     },
 ]
 EXCEPTIONS = {("gpt", "optim")}  # GPT.setup_optimizer, inside the method
-NO_TORCH = ["chat_format", "scaling", "config", "home", "errors", "storage", "checkpoint"]
+NO_TORCH = ["chat_format", "gpt_config", "scaling", "config", "home", "errors", "storage", "checkpoint"]
 OPTIONAL = {"wandb", "matplotlib", "kernels", "flash_attn", "datasets"}
 PICKLES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 

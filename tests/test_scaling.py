@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from nanochat import scaling
 from nanochat.errors import UserError
+from nanochat.gpt_config import GPTConfig
 from scripts import plan as script
 
 # depth, width, total M, N_s M, log2 B, decay, steps at ratio 12, at ratio 8, FLOPs a token, FLOPs at ratio 8
@@ -111,13 +112,19 @@ def test_shapes_that_cannot_be_are_named() -> None:
             scaling.plan(4, window_pattern=pattern)
 
 
+def windows(n_layer: int, sequence_len: int, pattern: str) -> list[int]:
+    return GPTConfig(sequence_len, n_layer=n_layer, window_pattern=pattern).windows
+
+
 def test_windows_and_flops() -> None:
-    assert scaling.windows(5, 2048, "SSSL") == [512, 512, 512, 2048, 2048]
-    assert scaling.windows(3, 100, "s") == [100, 100, 100] and scaling.windows(1, 2048, "S") == [2048]
-    assert scaling.flops_per_token(10, 4, [8], 8) == 6 * 10 + 12 * 4 * 8
-    for window, T in ((8, 8), (3, 8), (1, 8)):  # against counting: query t sees min(t, window) + 1 keys
-        keys = sum(min(t, window) + 1 for t in range(T)) / T
-        assert scaling.flops_per_token(0, 1, [window], T, causal=True) == pytest.approx(12 * keys)
+    assert windows(5, 2048, "SSSL") == [512, 512, 512, 2048, 2048]
+    assert windows(3, 100, "s") == [100, 100, 100] and windows(1, 2048, "S") == [2048]
+    config = GPTConfig(1024, n_layer=4, window_pattern="SL")
+    matrices = 6 * (config.count_params()["scaling"] + 24)
+    assert config.flops_per_token() == matrices + 12 * 768 * (256 + 1024 + 256 + 1024)
+    # Against counting: query t sees min(t, window) + 1 keys.
+    keys = sum(min(t, window) + 1 for window in config.windows for t in range(1024)) / 1024
+    assert config.flops_per_token(causal=True) == pytest.approx(matrices + 12 * 768 * keys)
 
 
 def test_shards_hold_the_horizon_once() -> None:

@@ -98,7 +98,7 @@ def test_predicted_memory_within_15_percent():
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with torch.device("cuda"):
-        model = GPT(GPTConfig(**plan.config()), torch.bfloat16)
+        model = GPT(plan.config, torch.bfloat16)
     model.init_weights(1)
     optimizer = model.setup_optimizer(batch_tokens=plan.batch_tokens, weight_decay=0.0)
     ids = torch.randint(0, plan.vocab_size, (8, 2049), device="cuda")

@@ -11,14 +11,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import plain_loop
 from nanochat import scaling
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT
 from nanochat.kernels import build as native
 from nanochat.train.speed import checkpoint_layers
 
 
 def saved_bytes(plan: scaling.Plan, dtype: torch.dtype) -> tuple[int, int]:
     """(bytes that forward keeps for backward without parameters and casts, bytes of weights)."""
-    model = GPT(GPTConfig(**plan.config()), dtype)
+    model = GPT(plan.config, dtype)
     model.init_weights(1)
     ids = torch.randint(0, plan.vocab_size, (plan.device_batch, plan.sequence_len))
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -61,7 +61,7 @@ def train(
     plan: scaling.Plan, dtype: torch.dtype, is_checkpointed: bool = False, is_plain: bool = False
 ) -> None:
     """Two steps from nothing, ours or the plain loop's."""
-    model = GPT(GPTConfig(**plan.config()), dtype)
+    model = GPT(plan.config, dtype)
     model.init_weights(1)
     if is_checkpointed:
         checkpoint_layers(model)
