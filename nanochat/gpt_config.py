@@ -92,8 +92,7 @@ class GPTConfig:
             "wte": V * D,
             "value_embeds": num_tables * V * self.kv_dim,
             "lm_head": V * D,
-            "transformer_matrices": L * (attention + mlp)
-            + num_tables * self.ve_gate_channels * self.n_kv_head,
+            "transformer_matrices": L * (attention + mlp) + gates,
             # Two lambdas per layer, the gate of smear, and one lambda each of smear and backout.
             "scalars": 2 * L + self.smear_channels + 2,
         }
