@@ -31,7 +31,7 @@ from nanochat.hardware import cpu_features, cpu_name
 C_FOLDER = Path(__file__).with_name("c")
 SOURCES = tuple(C_FOLDER / name for name in ("elementwise.c", "attention.c", "muon.c", "matmul.c"))
 # which any of the C files may include
-HEADERS = tuple(C_FOLDER / name for name in ("common.h", "gemm.h", "exponential.h"))
+HEADERS = tuple(C_FOLDER / name for name in ("common.h", "gemm.h"))
 COMPILERS = ("cc", "gcc", "clang")
 # Sums may be reordered and products fused; infinities and NaN keep their meaning (so no -ffast-math).
 MATH = ("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros")

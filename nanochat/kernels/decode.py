@@ -25,8 +25,8 @@ from nanochat.kernels.elementwise import NORM_EPS
 if TYPE_CHECKING:
     from nanochat.gpt import GPT
 
-SOURCE, HEADER = (native.C_FOLDER / name for name in ("decode.c", "products.h"))
-SIGNATURES = {"multiply": "pplpi", "step": "ppppppplllppp", "tiles": "p"}
+SOURCE, HEADER = (native.C_FOLDER / name for name in ("decode.c", "dot_gemm.h"))
+SIGNATURES = {"multiply": "pplpi", "decode_step": "pppp", "fast_kinds": "p"}
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 # Tokens in one call at most. Beyond, PyTorch's products win where decode.c has no tiles; int8 would have to
 # be widened for them. With AMX, which tiles do without, they win later; that number is not measured.
@@ -49,21 +49,28 @@ class CMatrix(ctypes.Structure):
 
 class CLayer(ctypes.Structure):
     _fields_ = [
-        *((name, CMatrix) for name in ("qkv", "proj", "fc", "out")),
-        *((name, _P) for name in ("gate", "values", "kv")),
-        *((name, _L) for name in ("num_blocks", "group", "window")),
-        *((name, _F) for name in ("a", "b")),
+        *((name, CMatrix) for name in ("qkv", "attn_proj", "mlp_fc", "mlp_proj")),
+        *((name, _P) for name in ("ve_gate", "value_embed", "kv")),
+        *((name, _L) for name in ("num_blocks", "table", "window")),
+        *((name, _F) for name in ("resid_lambda", "x0_lambda")),
     ]
 
 
-class CNet(ctypes.Structure):
+class CNetwork(ctypes.Structure):
     _fields_ = [
         *((name, _P) for name in ("layers", "embedding", "smear_gate", "cos", "sin")),
         *((name, _L) for name in ("vocab_size", "num_positions")),
-        *((name, _L) for name in ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp")),
-        *((name, _L) for name in ("smear_channels", "gate_channels", "tables_half", "block_size", "threads")),
-        *((name, _L) for name in ("middle", "kv_kind")),
-        *((name, _F) for name in ("smear", "backout", "qk_scale", "eps")),
+        *((name, _L) for name in ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim")),
+        *((name, _L) for name in ("mlp_width", "smear_channels", "ve_gate_channels", "is_embedding_bf16")),
+        *((name, _L) for name in ("block_size", "num_threads", "middle_layer", "kv_kind")),
+        *((name, _F) for name in ("smear_lambda", "backout_lambda", "qk_scale", "eps")),
+    ]
+
+
+class CStepInput(ctypes.Structure):
+    _fields_ = [
+        *((name, _P) for name in ("ids", "previous_ids", "positions", "rows", "pair_embeddings", "tables")),
+        *((name, _L) for name in ("count", "num_rows", "num_blocks")),
     ]
 
 
@@ -118,7 +125,7 @@ def tiled_kinds() -> int:
     """The KINDS, as bits, of which any number of rows is fast here."""
     found, lib = ctypes.c_int64(0), _build()
     if lib is not None:
-        lib.tiles(ctypes.addressof(found))
+        lib.fast_kinds(ctypes.addressof(found))
     return found.value
 
 
@@ -199,7 +206,6 @@ class NativeStep:
         self.block_size = block_size
         self.rope_tables = rope_tables
         layers = layer_matrices(model)
-        self.mlp_size = len(layers[0][2].weight_OI)
         matrices = [matrix.weight_OI for layer in layers for matrix in layer]
         num_bytes = sum(matrix.nbytes for matrix in matrices)
         self.most = most_tokens(num_bytes, matrices[0].dtype)
@@ -221,7 +227,7 @@ class NativeStep:
                 model.x0_lambdas[i].item(),
             )
         wte = model.wte.weight
-        self._net = CNet(
+        self._net = CNetwork(
             layers=ctypes.addressof(self._layers),
             embedding=self._address(wte),
             smear_gate=self._address(model.smear_gate.weight.float()),
@@ -231,15 +237,15 @@ class NativeStep:
             num_heads=cfg.n_head,
             num_kv_heads=cfg.n_kv_head,
             head_dim=cfg.head_dim,
-            mlp=self.mlp_size,
+            mlp_width=len(layers[0][2].weight_OI),
             smear_channels=cfg.smear_channels,
-            gate_channels=cfg.ve_gate_channels,
-            tables_half=int(wte.dtype == torch.bfloat16),
+            ve_gate_channels=cfg.ve_gate_channels,
+            is_embedding_bf16=int(wte.dtype == torch.bfloat16),
             block_size=block_size,
-            middle=cfg.n_layer // 2,
+            middle_layer=cfg.n_layer // 2,
             kv_kind=KINDS[stores[0].dtype],
-            smear=model.smear_lambda.item(),
-            backout=model.backout_lambda.item(),
+            smear_lambda=model.smear_lambda.item(),
+            backout_lambda=model.backout_lambda.item(),
             qk_scale=cfg.qk_scale,
             eps=NORM_EPS,
         )
@@ -293,20 +299,19 @@ class NativeStep:
         ]
         numbers = (ctypes.c_int64 * (4 * N))(*ids, *prev, *positions, *rows)
         blocks = (ctypes.c_int32 * len(flat))(*flat)
-        E, H, K, D = cfg.head_dim, cfg.n_head, cfg.n_kv_head, cfg.n_embd
-        floats = 4 * D + (H + 2 * K) * E + 2 * H * E + self.mlp_size
-        scratch = torch.empty(N * (floats + (max(D, H * E, self.mlp_size) + 1) // 2))  # the latter in bf16
-        hidden_ND = torch.empty(N, D)
-        self._net.threads = 1 if self._is_tiny and N < MANY else torch.get_num_threads()
+        hidden_ND = torch.empty(N, cfg.n_embd)
+        self._net.num_threads = 1 if self._is_tiny and N < MANY else torch.get_num_threads()
         at, bad = ctypes.addressof(numbers), CBadIndex()
         pairs_ND = None
         if self.model.bigram_embeds is not None:
             pairs_ND = self.model.bigram_embeds(torch.tensor(ids), torch.tensor(prev)).float().contiguous()
-        lib.step(
-            ctypes.addressof(self._net), at, at + 8 * N, at + 16 * N, at + 24 * N,
-            None if pairs_ND is None else pairs_ND.data_ptr(), ctypes.addressof(blocks), N, len(tables[0]),
-            num_blocks, scratch.data_ptr(), hidden_ND.data_ptr(), ctypes.addressof(bad),
+        step = CStepInput(
+            at, at + 8 * N, at + 16 * N, at + 24 * N, None if pairs_ND is None else pairs_ND.data_ptr(),
+            ctypes.addressof(blocks), N, len(tables[0]), num_blocks,
         )  # fmt: skip
+        lib.decode_step(
+            ctypes.addressof(self._net), ctypes.addressof(step), hidden_ND.data_ptr(), ctypes.addressof(bad)
+        )
         if bad.what:
             raise IndexError(BAD_INDICES[bad.what].format(last=bad.stop - 1, found=bad.found))
         return hidden_ND

@@ -1,68 +1,75 @@
 /* Tokens of any sequences through all layers of a GPT on a CPU, in one call: what generating waits for.
  *
- * nanochat/kernels/decode.py compiles and calls this file; nanochat/engine/network.py holds the same
- * function in PyTorch, its oracle. A weight matrix is read once for all tokens (products.h). Keys and values are fp32 or
- * bf16, and then queries are bf16 too; everything else but the products is fp32. What is computed for a token does
- * not depend on the other tokens or on the number of threads, not in the last bit: every sum has one order. Letters as
- * in network.py: D width, H query and K key/value heads, E head size.
+ * nanochat/kernels/decode.py compiles and calls this file; gpt.py is its oracle. A weight matrix is read once for all
+ * tokens (dot_gemm.h). Keys and values are fp32 or bf16 (then queries, too); all else but the products is fp32. Results are
+ * batch-invariant: a token's do not depend on the other tokens or on threads, because every sum has one order.
+ * Letters: N tokens, D width, H query heads, K key/value heads, E head size, V vocabulary.
  */
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "dot_gemm.h"
 
-#include "exponential.h"
-#include "products.h"
-
-#define EXPORT __attribute__((visibility("default")))
-#define TOGETHER 4 /* tokens of a sequence that attend together */
-#define FETCHED 8  /* keys ahead */
+#define GROUP 4 /* tokens of a sequence whose attention is computed together */
+#define PREFETCH_KEYS 8
 
 typedef struct {
-    Matrix qkv, proj, fc, out;
-    const float *gate;  /* (K, gate_channels), or NULL: no value embedding */
-    const void *values; /* its table (V, K * E) */
-    char *kv;           /* this layer's slots (S, 2K, E), keys first, fp32 or bf16 */
-    int64_t num_blocks;    /* that kv holds */
-    int64_t group, window; /* window -1: everything */
-    float a, b;            /* of the stream and of x0 */
+    Matrix qkv, attn_proj, mlp_fc, mlp_proj;
+    const float *ve_gate;    /* (K, ve_gate_channels), or NULL: no value embedding */
+    const void *value_embed; /* its table (V, K * E) */
+    char *kv;                /* this layer's cache (slots, 2 K, E), keys first */
+    int64_t num_blocks;      /* that kv holds */
+    int64_t table, window;   /* which block tables it uses; window -1: everything */
+    float resid_lambda, x0_lambda;
 } Layer;
 
 typedef struct {
     const Layer *layers;
     const void *embedding;   /* (V, D) */
     const float *smear_gate; /* (smear_channels) */
-    const float *cos, *sin;  /* (positions, E / 2) */
-    int64_t vocab_size, num_positions; /* rows of the tables above */
-    int64_t num_layers, width, num_heads, num_kv_heads, head_dim, mlp, smear_channels, gate_channels;
-    int64_t tables_half; /* embedding and values are bf16, else fp32 */
-    int64_t block_size, threads, middle;
+    const float *cos, *sin;  /* (num_positions, E / 2) */
+    int64_t vocab_size, num_positions;
+    int64_t num_layers, width, num_heads, num_kv_heads, head_dim, mlp_width, smear_channels, ve_gate_channels;
+    int64_t is_embedding_bf16; /* embedding and value_embed; else fp32 */
+    int64_t block_size, num_threads, middle_layer;
     int64_t kv_kind; /* FP32, or BF16 where pairs are multiplied */
-    float smear, backout, qk_scale, eps;
-} Net;
+    float smear_lambda, backout_lambda, qk_scale, eps;
+} Network;
 
-static inline int64_t room(int64_t count, int64_t cols) { return count * ((cols + 1) / 2); } /* bf16 in floats */
+typedef struct {
+    const int64_t *ids, *previous_ids, *positions; /* (N); previous -1: none */
+    const int64_t *rows;          /* (N) the sequence of each token, whose tokens come one after the other */
+    const float *pair_embeddings; /* (N, D), added to the embeddings, or NULL */
+    const int32_t *tables;        /* (num_tables, num_rows, num_blocks): block numbers of each sequence */
+    int64_t count, num_rows, num_blocks;
+} StepInput;
+
+/* Memory of a step. */
+typedef struct {
+    float *x, *x0, *middle, *normed; /* (N, D) */
+    float *qkv, *attended, *mlp;     /* (N, (H + 2 K) E), (N, H E), (N, mlp_width) */
+    char *q;                         /* (N, H, E) rotated queries in the kind of the keys */
+    uint16_t *half;                  /* a product's input in bf16 */
+    int64_t *groups, num_groups;     /* the first token of each group, and the end */
+    int64_t last_position;
+} Scratch;
+
+/* ---------------------------------------------------------------- one matrix */
 
 EXPORT void multiply(const Matrix *m, const float *x, int64_t count, float *y, int32_t threads) {
-    uint16_t *half = is_narrowed(m) ? malloc((size_t)room(count, m->cols) * 4) : NULL;
-    if (is_narrowed(m) && !half) abort();
+    uint16_t *half = uses_pairs((int)m->kind) ? allocate(count * m->cols * 2) : NULL;
     (void)threads;
-    TEAM { product(m, x, count, y, STORE, half); }
+#pragma omp parallel num_threads(threads)
+    matmul(m, x, count, y, STORE, half);
     free(half);
 }
 
-/* Kinds of which any number of rows is fast, as bits; the others are for a few. */
-EXPORT void tiles(int64_t *kinds) { *kinds = TILES << FP32 | PAIRS << BF16 | PAIRS << INT8; }
+/* Kinds of which any number of rows of x is fast, as bits; the others are for a few. */
+EXPORT void fast_kinds(int64_t *kinds) { *kinds = HAS_AVX512 << FP32 | HAS_BF16_PAIRS << BF16 | HAS_BF16_PAIRS << INT8; }
 
-static SEPARATE void load_row(const void *table, int64_t row, int64_t n, int half, float *to) {
-    const char *from = (const char *)table + row * n * (half ? 2 : 4);
-    for (int64_t j = 0; j < n; j++) to[j] = weight_at(from, j, half ? BF16 : FP32);
-}
+/* ---------------------------------------------------------------- vectors */
 
 static inline float dot(const float *x, const float *y, int64_t n) {
     vec sum = {0};
     int64_t j = 0;
-    for (; j + LANES <= n; j += LANES) sum += vec_at(x + j) * vec_at(y + j);
+    for (; j + LANES <= n; j += LANES) sum += load_vec(x + j) * load_vec(y + j);
     float s = sum_of(sum);
     for (; j < n; j++) s += x[j] * y[j];
     return s;
@@ -72,16 +79,21 @@ static inline float inverse_rms(const float *x, int64_t n, float eps) {
     return 1.0f / sqrtf(dot(x, x, n) / (float)n + eps);
 }
 
-static SEPARATE void norm(const float *x, float *y, int64_t n, float eps) {
+static NOINLINE void norm(const float *x, float *y, int64_t n, float eps) {
     float inverse = inverse_rms(x, n, eps);
     for (int64_t j = 0; j < n; j++) y[j] = x[j] * inverse;
 }
 
 static inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-/* RoPE by halves and QK-norm of one head, from x to y (another place). */
-static SEPARATE void turn(const float *x, float *y, const float *cos, const float *sin, const Net *net) {
+static NOINLINE void load_table_row(const void *table, int64_t row, int64_t n, int64_t is_bf16, float *to) {
+    load_row((const char *)table + row * n * (is_bf16 ? 2 : 4), to, n, (int)is_bf16);
+}
+
+/* RoPE by halves, then QK norm, of one head, from x to y (another place). */
+static NOINLINE void rotate_norm(const Network *net, const float *x, float *y, int64_t position) {
     int64_t E = net->head_dim, half = E / 2;
+    const float *cos = net->cos + position * half, *sin = net->sin + position * half;
     float scale = net->qk_scale * inverse_rms(x, E, net->eps);
     for (int64_t j = 0; j < half; j++) {
         y[j] = scale * (x[j] * cos[j] + x[j + half] * sin[j]);
@@ -89,7 +101,7 @@ static SEPARATE void turn(const float *x, float *y, const float *cos, const floa
     }
 }
 
-static SEPARATE void softmax(float *scores, int64_t n, float scale) {
+static NOINLINE void softmax(float *scores, int64_t n, float scale) {
     float largest = -INFINITY, total = 0;
     for (int64_t i = 0; i < n; i++) largest = scores[i] > largest ? scores[i] : largest;
     for (int64_t i = 0; i < n; i++) scores[i] = exponential(scale * (scores[i] - largest));
@@ -97,240 +109,283 @@ static SEPARATE void softmax(float *scores, int64_t n, float scale) {
     for (int64_t i = 0; i < n; i++) scores[i] /= total;
 }
 
-#if TILES
-#define KEYS_AT_ONCE 4
-#define ADDED(sum, w, v) (vec) _mm512_fmadd_ps(_mm512_set1_ps(w), (__m512)(v), (__m512)(sum)) /* keeps its place */
-#else
-#define KEYS_AT_ONCE 1
-#define ADDED(sum, w, v) (sum) + (w) * (v)
-#endif
+/* ---------------------------------------------------------------- attention */
 
 /* y[c] += weights[c][i] * value[i] for C tokens and n keys, key after key. */
-INLINE void mix(const char *value, int64_t stride, int kind, int n, const float *weights, int64_t span, int C,
-                int64_t E, float *y, int64_t y_stride) {
+INLINE void add_values(const char *value, int64_t stride, int kind, int n, const float *weights, int64_t weights_row,
+                       int C, int64_t E, float *y, int64_t y_row) {
     int64_t j = 0;
     for (; j + LANES <= E; j += LANES) {
-        vec at[KEYS_AT_ONCE];
-        UNROLL
-        for (int i = 0; i < n; i++) {
-            at[i] = weights_at(value + i * stride, j, kind);
-            __builtin_prefetch(value + (i + FETCHED) * stride + j * size_of(kind), 0, 3);
+        vec v[ROWS];
+        UNROLL for (int i = 0; i < n; i++) {
+            v[i] = values_at(value + i * stride, j, kind);
+            __builtin_prefetch(value + (i + PREFETCH_KEYS) * stride + j * size_of(kind), 0, 3);
         }
-        UNROLL
-        for (int c = 0; c < C; c++) {
-            vec sum = vec_at(y + c * y_stride + j);
-            UNROLL
-            for (int i = 0; i < n; i++) sum = ADDED(sum, weights[c * span + i], at[i]);
-            memcpy(y + c * y_stride + j, &sum, sizeof sum);
+        UNROLL for (int c = 0; c < C; c++) {
+            vec sum = load_vec(y + c * y_row + j);
+#if HAS_AVX512 /* a written fma, so that no compiler changes the order */
+            UNROLL for (int i = 0; i < n; i++)
+                sum = (vec)_mm512_fmadd_ps(_mm512_set1_ps(weights[c * weights_row + i]), (__m512)v[i], (__m512)sum);
+#else
+            UNROLL for (int i = 0; i < n; i++) sum += weights[c * weights_row + i] * v[i];
+#endif
+            memcpy(y + c * y_row + j, &sum, sizeof sum);
         }
     }
     for (; j < E; j++)
         for (int c = 0; c < C; c++)
             for (int i = 0; i < n; i++)
-                y[c * y_stride + j] = fmaf(weights[c * span + i], weight_at(value + i * stride, j, kind), y[c * y_stride + j]);
+                y[c * y_row + j] = fmaf(weights[c * weights_row + i], value_at(value + i * stride, j, kind), y[c * y_row + j]);
 }
 
-#define MIX(KIND, C)                                                                                                 \
-    static SEPARATE void mix_##KIND##_##C(const char *value, int64_t stride, int64_t n, const float *weights,        \
-                                          int64_t span, int64_t E, float *y, int64_t y_stride) {                     \
-        if (n == KEYS_AT_ONCE) mix(value, stride, KIND, KEYS_AT_ONCE, weights, span, C, E, y, y_stride);             \
+#define ADD_VALUES(KIND, C)                                                                                          \
+    static NOINLINE void add_values_##KIND##_##C(const char *value, int64_t stride, int64_t n, const float *weights, \
+                                                 int64_t weights_row, int64_t E, float *y, int64_t y_row) {          \
+        if (n == ROWS) add_values(value, stride, KIND, ROWS, weights, weights_row, C, E, y, y_row);                  \
         else                                                                                                         \
-            for (int64_t i = 0; i < n; i++) mix(value + i * stride, stride, KIND, 1, weights + i, span, C, E, y, y_stride); \
+            for (int64_t i = 0; i < n; i++)                                                                          \
+                add_values(value + i * stride, stride, KIND, 1, weights + i, weights_row, C, E, y, y_row);           \
     }
-#define MIXES(KIND) MIX(KIND, 1) MIX(KIND, 2) MIX(KIND, 3) MIX(KIND, 4)
-#define MIX_NAMES(KIND) {mix_##KIND##_1, mix_##KIND##_2, mix_##KIND##_3, mix_##KIND##_4}
-MIXES(FP32)
-MIXES(BF16)
-typedef void (*Mix)(const char *, int64_t, int64_t, const float *, int64_t, int64_t, float *, int64_t);
-static const Mix MIX_BY[][TOGETHER] = {MIX_NAMES(FP32), MIX_NAMES(BF16)};
+#define ADD_VALUES_OF(KIND) ADD_VALUES(KIND, 1) ADD_VALUES(KIND, 2) ADD_VALUES(KIND, 3) ADD_VALUES(KIND, 4)
+#define ADD_VALUES_NAMES(KIND) {add_values_##KIND##_1, add_values_##KIND##_2, add_values_##KIND##_3, add_values_##KIND##_4}
+ADD_VALUES_OF(FP32)
+ADD_VALUES_OF(BF16)
+static void (*const ADD_VALUES_BY[][GROUP])(const char *, int64_t, int64_t, const float *, int64_t, int64_t, float *,
+                                            int64_t) = {ADD_VALUES_NAMES(FP32), ADD_VALUES_NAMES(BF16)};
 
-/* Query heads head .. head + heads - 1 of `count` <= TOGETHER tokens of a sequence, the first at `position`, over the
- * keys that each sees -> y. q in the kind of the keys; table: the blocks of the sequence; scores: room for
- * heads * TOGETHER * (keys + 8). All heads go through the cache together, as it lies in memory. */
-static SEPARATE void attend(const Net *net, const Layer *layer, const char *q, int64_t head, int64_t heads,
+/* Query heads from `head` on, `heads` of them, of `count` <= GROUP tokens of one sequence, the first at `position`, over the
+ * keys that each token sees -> y. q: of the first token's first head; table: the blocks of the sequence; scores: room for
+ * heads * GROUP * (keys + 8). All heads go through the cache together, as it lies in memory. */
+static NOINLINE void attend(const Network *net, const Layer *layer, const char *q, int64_t head, int64_t heads,
                             int64_t count, const int32_t *table, int64_t position, float *scores, float *y) {
-    int64_t E = net->head_dim, K = net->num_kv_heads, far = layer->window, across = net->num_heads * E;
-    int64_t last = position + count - 1, kind = net->kv_kind, size = size_of((int)kind), B = net->block_size;
-    int64_t first = far < 0 || position < far ? 0 : position - far, from = first / 4 * 4;
-    int64_t span = (last - from) / 4 * 4 + 4, stride = 2 * K * E * size, group = net->num_heads / K;
-    for (int64_t p = from; p <= last; p += 4) { /* fours do not cross blocks */
-        const char *slot = layer->kv + (table[p / B] * B + p % B) * stride;
-        const char *next = p + FETCHED <= last ? layer->kv + (table[(p + FETCHED) / B] * B + (p + FETCHED) % B) * stride : slot;
+    int64_t E = net->head_dim, K = net->num_kv_heads, B = net->block_size, window = layer->window;
+    int64_t kind = net->kv_kind, size = size_of((int)kind), slot_size = 2 * K * E * size, group = net->num_heads / K;
+    int64_t token_stride = net->num_heads * E, last = position + count - 1;
+    int64_t first = window < 0 || position < window ? 0 : position - window, from = first / 4 * 4;
+    int64_t span = (last - from) / 4 * 4 + 4; /* of a row of scores */
+#define SLOT(p) (layer->kv + (table[(p) / B] * B + (p) % B) * slot_size)
+
+    /* 1. Scores, keys by fours (which do not cross blocks). */
+    for (int64_t p = from; p <= last; p += 4) {
+        const char *slot = SLOT(p), *next = p + PREFETCH_KEYS <= last ? SLOT(p + PREFETCH_KEYS) : slot;
         for (int64_t h = 0; h < heads; h++) {
             int64_t at = (head + h) / group * E * size;
-            float found[AT_ONCE][4], *to = scores + h * count * span + p - from;
-#if TILES
-            BY_FOUR[kind][count - 1](slot + at, stride, q + h * E * size, across * size, E, next + at, 4, found);
-#else
-            for (int64_t c = 0; c < count; c++)
-                for (int64_t i = 0; i < 4; i++)
-                    found[c][i] = dot((const float *)(const void *)q + h * E + c * across,
-                                      (const float *)(const void *)(slot + at + i * stride), E);
-            (void)next;
-#endif
+            const char *query = q + h * E * size;
+            float found[TOKENS][4], *to = scores + h * count * span + p - from;
+#if HAS_AVX512
+            FOUR_ROWS[kind][count - 1](slot + at, slot_size, query, token_stride * size, E, next + at, 4, found);
             for (int64_t c = 0; c < count; c++) memcpy(to + c * span, found[c], sizeof found[c]);
+#else
+            for (int64_t i = 0; i < 4; i++) {
+                ONE_ROW[kind][count - 1](slot + at + i * slot_size, slot_size, query, token_stride * size, E, next + at, 1,
+                                         found);
+                for (int64_t c = 0; c < count; c++) to[c * span + i] = found[c][0];
+            }
+#endif
         }
     }
+
+    /* 2. Softmax over the keys that each token sees; 0 for the others. */
     for (int64_t i = 0; i < heads * count; i++) {
         float *row = scores + i * span;
-        int64_t at = position + i % count, low = (far < 0 || at < far ? 0 : at - far) - from, high = at - from;
+        int64_t at = position + i % count, low = (window < 0 || at < window ? 0 : at - window) - from, high = at - from;
         softmax(row + low, high - low + 1, 1.0f / sqrtf((float)E));
         memset(row, 0, (size_t)low * 4);
         memset(row + high + 1, 0, (size_t)(span - high - 1) * 4);
     }
-    for (int64_t c = 0; c < count; c++) memset(y + c * across, 0, (size_t)(heads * E) * 4);
+
+    /* 3. The sum of the values, in the order of the keys. */
+    for (int64_t c = 0; c < count; c++) memset(y + c * token_stride, 0, (size_t)(heads * E) * 4);
     for (int64_t p = first, stop; p <= last; p = stop) {
-        const char *slot = layer->kv + (table[p / B] * B + p % B) * stride + K * E * size;
-        stop = least(p / KEYS_AT_ONCE * KEYS_AT_ONCE + KEYS_AT_ONCE, last + 1);
+        stop = min_of(p / ROWS * ROWS + ROWS, last + 1);
         for (int64_t h = 0; h < heads; h++)
-            MIX_BY[kind][count - 1](slot + (head + h) / group * E * size, stride, stop - p,
-                                    scores + h * count * span + p - from, span, E, y + h * E, across);
+            ADD_VALUES_BY[kind][count - 1](SLOT(p) + (K + (head + h) / group) * E * size, slot_size, stop - p,
+                                           scores + h * count * span + p - from, span, E, y + h * E, token_stride);
     }
 }
 
-static inline void keep(const float *from, int64_t n, int64_t kind, void *to) {
-#if PAIRS
-    if (kind == BF16) {
-        narrow_row(from, n, to);
-        return;
-    }
-#endif
-    (void)kind;
-    memcpy(to, from, (size_t)n * 4);
-}
+/* ---------------------------------------------------------------- a step */
 
-/* An index that would lead outside a table; decode.py has the words for each `what`. */
+/* An index that would lead outside of its table; decode.py has the words for each `what`. */
 enum { NONE, TOKEN_ID, PREVIOUS_ID, ROW, POSITION, POSITION_ORDER, BLOCK };
 typedef struct {
     int64_t what, found, stop;
 } BadIndex;
 
-/* Fills `bad` and returns 1 if `index` does not lie between first and stop - 1. */
 static inline int is_outside(int64_t index, int64_t first, int64_t stop, int64_t what, BadIndex *bad) {
     if (index >= first && index < stop) return 0;
     *bad = (BadIndex){what, index, stop};
     return 1;
 }
 
-/* Whether every index of a step lies inside its table. Done before any memory is touched. */
-static int are_indices_good(const Net *net, const int64_t *ids, const int64_t *prev, const int64_t *positions,
-                            const int64_t *rows, const int32_t *tables, int64_t count, int64_t num_rows,
-                            int64_t blocks, BadIndex *bad) {
-    int64_t num_positions = least(net->num_positions, blocks * net->block_size);
-    *bad = (BadIndex){NONE, 0, 0};
-    for (int64_t n = 0; n < count; n++) {
-        if (is_outside(ids[n], 0, net->vocab_size, TOKEN_ID, bad)) return 0;
-        if (is_outside(prev[n], -1, net->vocab_size, PREVIOUS_ID, bad)) return 0;
-        if (is_outside(rows[n], 0, num_rows, ROW, bad)) return 0;
-        if (is_outside(positions[n], 0, num_positions, POSITION, bad)) return 0;
-        /* attention takes neighbouring tokens of a sequence together and counts their positions on */
-        int is_next = n > 0 && rows[n] == rows[n - 1];
-        if (is_next && is_outside(positions[n], positions[n - 1] + 1, positions[n - 1] + 2, POSITION_ORDER, bad)) return 0;
-        if (n + 1 < count && rows[n + 1] == rows[n]) continue;
+/* Whether an index of the step lies outside of its table; the first that does -> bad. */
+static int has_bad_index(const Network *net, const StepInput *in, BadIndex *bad) {
+    int64_t num_positions = min_of(net->num_positions, in->num_blocks * net->block_size);
+    for (int64_t n = 0; n < in->count; n++) {
+        int64_t row = in->rows[n], position = in->positions[n];
+        if (is_outside(in->ids[n], 0, net->vocab_size, TOKEN_ID, bad)) return 1;
+        if (is_outside(in->previous_ids[n], -1, net->vocab_size, PREVIOUS_ID, bad)) return 1;
+        if (is_outside(row, 0, in->num_rows, ROW, bad)) return 1;
+        if (is_outside(position, 0, num_positions, POSITION, bad)) return 1;
+        /* a group of tokens is taken to stand at consecutive positions */
+        if (n > 0 && row == in->rows[n - 1]) {
+            int64_t next = in->positions[n - 1] + 1;
+            if (is_outside(position, next, next + 1, POSITION_ORDER, bad)) return 1;
+        }
+        /* the last token of a sequence needs all the blocks that the others need */
+        if (n + 1 < in->count && in->rows[n + 1] == row) continue;
         for (int64_t i = 0; i < net->num_layers; i++) {
-            const Layer *layer = net->layers + i;
-            const int32_t *table = tables + (layer->group * num_rows + rows[n]) * blocks;
-            for (int64_t b = 0; b <= positions[n] / net->block_size; b++)
-                if (is_outside(table[b], 0, layer->num_blocks, BLOCK, bad)) return 0;
+            const int32_t *table = in->tables + (net->layers[i].table * in->num_rows + row) * in->num_blocks;
+            for (int64_t b = 0; b <= position / net->block_size; b++)
+                if (is_outside(table[b], 0, net->layers[i].num_blocks, BLOCK, bad)) return 1;
         }
     }
-    return 1;
+    return 0;
 }
 
-/* ids, prev (-1: none), positions, rows (count): a token's sequence, whose tokens come one after the other; pairs
- * (count, D), added to the embeddings, or NULL; tables (groups, num_rows, blocks): block numbers of each sequence;
- * scratch: see native_step.py. -> hidden (count, D). Keys and values of all tokens are written first, so a token
- * sees those of its own sequence that come with it. bad: the first index outside its table; then nothing is done. */
-EXPORT void step(const Net *net, const int64_t *ids, const int64_t *prev, const int64_t *positions,
-                 const int64_t *rows, const float *pairs, const int32_t *tables, int64_t count, int64_t num_rows,
-                 int64_t blocks, float *scratch, float *hidden, BadIndex *bad) {
-    if (!are_indices_good(net, ids, prev, positions, rows, tables, count, num_rows, blocks, bad)) return;
-    int64_t D = net->width, H = net->num_heads, K = net->num_kv_heads, E = net->head_dim, G = H + 2 * K;
-    int64_t longest = 0, half = E / 2, size = size_of((int)net->kv_kind), num_teams = 0, *teams = malloc((size_t)(count + 1) * sizeof(int64_t));
-    if (!teams) abort();
-    for (int64_t n = 0, members = TOGETHER; n < count; n++, members++) {
-        longest = positions[n] > longest ? positions[n] : longest;
-        if (members < TOGETHER && rows[n] == rows[n - 1]) continue;
-        teams[num_teams++] = n;
+static Scratch prepare(const Network *net, const StepInput *in) {
+    int64_t N = in->count, D = net->width, H = net->num_heads, K = net->num_kv_heads, E = net->head_dim;
+    int64_t M = net->mlp_width, widest = D > M ? D : M;
+    if (widest < H * E) widest = H * E;
+    float *x = allocate(N * (4 * D + (2 * H + 2 * K) * E + H * E + M) * 4 + N * widest * 2);
+    Scratch s = {.x = x, .x0 = x + N * D, .middle = x + 2 * N * D, .normed = x + 3 * N * D, .qkv = x + 4 * N * D};
+    s.attended = s.qkv + N * (H + 2 * K) * E;
+    s.mlp = s.attended + N * H * E;
+    s.q = (char *)(s.mlp + N * M);
+    s.half = (uint16_t *)(void *)(s.q + N * H * E * 4);
+    /* Groups: up to GROUP neighbours of one sequence. */
+    s.groups = allocate((N + 1) * 8);
+    for (int64_t n = 0, members = GROUP; n < N; n++, members++) {
+        if (in->positions[n] > s.last_position) s.last_position = in->positions[n];
+        if (members < GROUP && in->rows[n] == in->rows[n - 1]) continue;
+        s.groups[s.num_groups++] = n;
         members = 0;
     }
-    teams[num_teams] = count;
-    int64_t fair = num_teams * H / (4 * net->threads), heads = fair < 1 ? 1 : least(fair, H);
-    int64_t parts = (H + heads - 1) / heads;
-    float *x = scratch, *x0 = x + count * D, *middle = x0 + count * D, *y = middle + count * D;
-    float *qkv = y + count * D, *attended = qkv + count * G * E, *wide = attended + count * H * E;
-    char *q = (char *)(wide + count * net->mlp);
-    uint16_t *narrow = (uint16_t *)(void *)(q + count * H * E * 4);
-    int threads = (int)net->threads;
-    (void)threads;
-    TEAM {
-        float *scores = malloc((size_t)(heads * TOGETHER * (longest + 8) + E) * sizeof(float));
-        if (!scores) abort();
-        EACH
-        for (int64_t n = 0; n < count; n++) {
-            float *h = x + n * D, *before = y + n * D;
-            load_row(net->embedding, ids[n], D, (int)net->tables_half, h);
-            norm(h, h, D, net->eps);
-            if (prev[n] >= 0) {
-                load_row(net->embedding, prev[n], D, (int)net->tables_half, before);
-                norm(before, before, D, net->eps);
-                float gate = net->smear * sigmoid(dot(h, net->smear_gate, net->smear_channels));
-                for (int64_t j = 0; j < D; j++) h[j] += gate * before[j];
-            }
-            for (int64_t j = 0; pairs && j < D; j++) h[j] += pairs[n * D + j];
-            memcpy(x0 + n * D, h, (size_t)D * 4);
+    s.groups[s.num_groups] = N;
+    return s;
+}
+
+/* x = x0 = norm(embedding), plus the gated embedding of the token before (smear), plus that of the pair. */
+static void embed(const Network *net, const StepInput *in, const Scratch *s) {
+    int64_t D = net->width;
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < in->count; n++) {
+        float *x = s->x + n * D, *before = s->normed + n * D;
+        load_table_row(net->embedding, in->ids[n], D, net->is_embedding_bf16, x);
+        norm(x, x, D, net->eps);
+        if (in->previous_ids[n] >= 0) {
+            load_table_row(net->embedding, in->previous_ids[n], D, net->is_embedding_bf16, before);
+            norm(before, before, D, net->eps);
+            float gate = net->smear_lambda * sigmoid(dot(x, net->smear_gate, net->smear_channels));
+            for (int64_t j = 0; j < D; j++) x[j] += gate * before[j];
         }
+        for (int64_t j = 0; in->pair_embeddings && j < D; j++) x[j] += in->pair_embeddings[n * D + j];
+        memcpy(s->x0 + n * D, x, (size_t)D * 4);
+    }
+}
+
+/* normed = norm(x); at the start of a layer x is mixed with x0 before (layer NULL: not). */
+static void mix_and_norm(const Network *net, const Layer *layer, const Scratch *s, int64_t count) {
+    int64_t D = net->width;
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < count; n++) {
+        float *x = s->x + n * D, *x0 = s->x0 + n * D;
+        for (int64_t j = 0; layer && j < D; j++) x[j] = layer->resid_lambda * x[j] + layer->x0_lambda * x0[j];
+        norm(x, s->normed + n * D, D, net->eps);
+    }
+}
+
+/* A head of queries, keys or values -> memory, in the kind of the cache. */
+static inline void store_head(const Network *net, const float *from, void *to) {
+#if HAS_BF16_PAIRS
+    if (net->kv_kind == BF16) {
+        narrow_row(from, net->head_dim, to);
+        return;
+    }
+#endif
+    memcpy(to, from, (size_t)net->head_dim * 4);
+}
+
+/* RoPE and norm of queries and keys; value embeddings; keys and values to the cache. head: room for one. */
+static void rotate_and_cache(const Network *net, const Layer *layer, const StepInput *in, const Scratch *s, float *room) {
+    int64_t H = net->num_heads, K = net->num_kv_heads, E = net->head_dim, size = size_of((int)net->kv_kind), G = H + 2 * K;
+    const int32_t *tables = in->tables + layer->table * in->num_rows * in->num_blocks;
+#pragma omp for schedule(static)
+    for (int64_t at = 0; at < in->count * G; at++) {
+        int64_t n = at / G, head = at % G, kv_head = head - H, p = in->positions[n];
+        int64_t block = tables[in->rows[n] * in->num_blocks + p / net->block_size];
+        int64_t slot = block * net->block_size + p % net->block_size;
+        float *from = s->qkv + at * E;
+        char *to = head < H ? s->q + (n * H + head) * E * size : layer->kv + (slot * 2 * K + kv_head) * E * size;
+        if (kv_head < K) {
+            rotate_norm(net, from, room, p);
+            store_head(net, room, to);
+            continue;
+        }
+        if (layer->ve_gate) {
+            const float *weights = layer->ve_gate + (kv_head - K) * net->ve_gate_channels;
+            float gate = 3.0f * sigmoid(dot(s->normed + n * net->width, weights, net->ve_gate_channels));
+            load_table_row(layer->value_embed, in->ids[n] * K + kv_head - K, E, net->is_embedding_bf16, room);
+            for (int64_t j = 0; j < E; j++) from[j] += gate * room[j];
+        }
+        store_head(net, from, to);
+    }
+}
+
+/* One step of the whole network: embeddings -> hidden states (N, D). Keys and values of all tokens are written before
+ * attention reads them, so that a token sees the earlier tokens of its own sequence in the same step. If an index lies
+ * outside of its table, `bad` says which, and nothing else is touched. */
+EXPORT void decode_step(const Network *net, const StepInput *in, float *hidden, BadIndex *bad) {
+    if (has_bad_index(net, in, bad)) return;
+    int64_t N = in->count, D = net->width, H = net->num_heads, E = net->head_dim, size = size_of((int)net->kv_kind);
+    Scratch s = prepare(net, in);
+    /* Attention is cut into tasks of a group and `heads` heads, about four for each thread. */
+    int64_t wanted = s.num_groups * H / (4 * net->num_threads), heads = wanted < 1 ? 1 : min_of(wanted, H);
+    int64_t parts = (H + heads - 1) / heads;
+#pragma omp parallel num_threads((int)net->num_threads)
+    {
+        float *scores = allocate((heads * GROUP * (s.last_position + 8) + E) * 4);
+
+        /* 1. Embedding, norm, smear. */
+        embed(net, in, &s);
+
         for (int64_t i = 0; i < net->num_layers; i++) {
             const Layer *layer = net->layers + i;
-            const int32_t *table = tables + layer->group * num_rows * blocks;
-            EACH
-            for (int64_t n = 0; n < count; n++) {
-                float *a = x + n * D, *b = x0 + n * D;
-                for (int64_t j = 0; j < D; j++) a[j] = layer->a * a[j] + layer->b * b[j];
-                norm(a, y + n * D, D, net->eps);
+            /* 2. Mix with x0, norm, one product for queries, keys and values. */
+            mix_and_norm(net, layer, &s, N);
+            matmul(&layer->qkv, s.normed, N, s.qkv, STORE, s.half);
+
+            /* 3. RoPE and norm of queries and keys; value embeddings; the cache. */
+            rotate_and_cache(net, layer, in, &s, scores);
+
+            /* 4. Attention. */
+#pragma omp for schedule(dynamic)
+            for (int64_t task = 0; task < s.num_groups * parts; task++) {
+                int64_t n = s.groups[task / parts], count = s.groups[task / parts + 1] - n, head = task % parts * heads;
+                const int32_t *table = in->tables + (layer->table * in->num_rows + in->rows[n]) * in->num_blocks;
+                attend(net, layer, s.q + (n * H + head) * E * size, head, min_of(heads, H - head), count, table,
+                       in->positions[n], scores, s.attended + (n * H + head) * E);
             }
-            product(&layer->qkv, y, count, qkv, STORE, narrow);
-            EACH
-            for (int64_t at = 0; at < count * G; at++) {
-                int64_t n = at / G, head = at % G, p = positions[n], k = head - H;
-                float *from = qkv + at * E, *turned = scores;
-                int64_t slot = table[rows[n] * blocks + p / net->block_size] * net->block_size + p % net->block_size;
-                char *to = head < H ? q + (n * H + head) * E * size : layer->kv + (slot * 2 * K + k) * E * size;
-                if (k < K) {
-                    turn(from, turned, net->cos + p * half, net->sin + p * half, net);
-                    keep(turned, E, net->kv_kind, to);
-                    continue;
-                }
-                if (layer->gate) {
-                    const float *weights = layer->gate + (k - K) * net->gate_channels;
-                    float gate = 3.0f * sigmoid(dot(y + n * D, weights, net->gate_channels));
-                    load_row(layer->values, ids[n] * K + k - K, E, (int)net->tables_half, turned);
-                    for (int64_t j = 0; j < E; j++) from[j] += gate * turned[j];
-                }
-                keep(from, E, net->kv_kind, to);
-            }
-            SHARES
-            for (int64_t at = 0; at < num_teams * parts; at++) {
-                int64_t n = teams[at / parts], head = at % parts * heads, to = (n * H + head) * E;
-                attend(net, layer, q + to * size, head, least(heads, H - head), teams[at / parts + 1] - n,
-                       table + rows[n] * blocks, positions[n], scores, attended + to);
-            }
-            product(&layer->proj, attended, count, x, ADD, narrow);
-            EACH
-            for (int64_t n = 0; n < count; n++) norm(x + n * D, y + n * D, D, net->eps);
-            product(&layer->fc, y, count, wide, RELU_SQUARED, narrow);
-            product(&layer->out, wide, count, x, ADD, narrow);
-            if (i == net->middle) {
-                EACH
-                for (int64_t n = 0; n < count; n++) memcpy(middle + n * D, x + n * D, (size_t)D * 4);
+
+            /* 5. Output projection, then the MLP; both are added to the residual stream. */
+            matmul(&layer->attn_proj, s.attended, N, s.x, ADD, s.half);
+            mix_and_norm(net, NULL, &s, N);
+            matmul(&layer->mlp_fc, s.normed, N, s.mlp, RELU_SQUARED, s.half);
+            matmul(&layer->mlp_proj, s.mlp, N, s.x, ADD, s.half);
+            if (i == net->middle_layer) {
+#pragma omp for schedule(static)
+                for (int64_t n = 0; n < N; n++) memcpy(s.middle + n * D, s.x + n * D, (size_t)D * 4);
             }
         }
-        EACH
-        for (int64_t n = 0; n < count; n++) {
-            for (int64_t j = 0; j < D; j++) y[n * D + j] = x[n * D + j] - net->backout * middle[n * D + j];
-            norm(y + n * D, hidden + n * D, D, net->eps);
+
+        /* 6. Backout and the final norm. */
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < N; n++) {
+            for (int64_t j = n * D; j < n * D + D; j++) s.normed[j] = s.x[j] - net->backout_lambda * s.middle[j];
+            norm(s.normed + n * D, hidden + n * D, D, net->eps);
         }
         free(scores);
     }
-    free(teams);
+    free(s.x);
+    free(s.groups);
 }
