@@ -12,19 +12,14 @@ import argparse
 import csv
 import re
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
-from nanochat.report.charts import Bars, bar_chart
+from nanochat.report.charts import Bars, Chart, bar_chart
 
 COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3", "#c44e52")
-STYLE = (
-    "svg{background:#fff;font:11px sans-serif;fill:#222}.grid{stroke:#ddd;fill:none}.small{font-size:10px}"
-    ".mark{stroke:#222;stroke-dasharray:2 2;fill:none}"
-)
 
 
-def training(rows: Sequence[dict[str, str]]) -> str:
+def training(rows: Sequence[dict[str, str]]) -> Chart | None:
     """Tokens/s of each variant by depth and dtype; dotted: the floor that matrix products set to ours."""
     rows = [
         {"variant": "ours"} | row for row in rows
@@ -43,10 +38,10 @@ def training(rows: Sequence[dict[str, str]]) -> str:
     floors = values("ours", "floor_tokens_per_second")
     top = 1.08 * max(v for bars in (*series, Bars("", floors, "")) for v in bars.values if v is not None)
     names = [f"depth {depth}, width {width}, {dtype}" for depth, width, dtype in groups]
-    return svg("Training speed", names, series, "tokens/s (dotted: floor)", floors, top)
+    return bar_chart("Training speed", names, series, "tokens/s (dotted: floor)", floors, top, is_wide=True)
 
 
-def attention(rows: Sequence[dict[str, str]]) -> str:
+def attention(rows: Sequence[dict[str, str]]) -> Chart | None:
     """Forward and backward of full, windowed and masked attention as multiples of the windowed one."""
     rows = [row for row in rows if row["what"] == "window"]
     groups = list(dict.fromkeys((row["shape"], row["dtype"]) for row in rows))
@@ -58,30 +53,7 @@ def attention(rows: Sequence[dict[str, str]]) -> str:
     ]
     sizes = (re.match(r"(B\d+ T\d+)", shape) for shape, _ in groups)
     names = [f"{size[1] if size else ''} {dtype}" for size, (_, dtype) in zip(sizes, groups, strict=True)]
-    return svg("Attention, forward and backward", names, series, "time, windowed = 1", (), None)
-
-
-def svg(
-    title: str,
-    names: list[str],
-    series: list[Bars],
-    y: str,
-    marks: Sequence[float | None],
-    top: float | None,
-) -> str:
-    """A bar chart as a file of its own, its legend inside; "" where there is nothing to show."""
-    chart = bar_chart(title, names, series, y, marks, top, wide=True)
-    found = re.search(r'<svg viewBox="0 0 (\d+) (\d+)"[^>]*>(.*)</svg>', chart, re.S)
-    if found is None:
-        return ""
-    width, height, inside = int(found[1]), int(found[2]), found[3]
-    keys, x = "", 300
-    for bars in series:
-        keys += f'<rect x="{x}" y="9" width="10" height="10" fill="{bars.colour}"/>'
-        keys += f'<text x="{x + 14}" y="18">{escape(bars.label)}</text>'
-        x += 30 + 7 * len(bars.label)
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}">'
-    return f"{head}<title>{escape(title)}</title><style>{STYLE}</style>{inside}{keys}</svg>\n"
+    return bar_chart("Attention, forward and backward", names, series, "time, windowed = 1", is_wide=True)
 
 
 KINDS = {"train": training, "attention": attention}
@@ -95,10 +67,10 @@ def draw(folder: Path) -> list[Path]:
         if not records:
             continue
         with open(records[-1], newline="", encoding="utf-8") as file:
-            text = chart(list(csv.DictReader(file)))
-        if text:
+            drawn = chart(list(csv.DictReader(file)))
+        if drawn is not None:
             written.append(records[-1].with_suffix(".svg"))
-            written[-1].write_text(text, encoding="utf-8")
+            written[-1].write_text(drawn.file(), encoding="utf-8")
     return written
 
 

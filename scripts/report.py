@@ -1,4 +1,4 @@
-"""Write the report of a run, report.html and report.md with plots, from the facts its stages have left.
+"""Write the report of a run, report.html and report.md with charts, from the facts its stages have left.
 
 python -m scripts.report --tag=main
 python -m scripts.report --tag=main --price=3     with what it cost, at $3 per device and hour
@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from nanochat import config, errors
 from nanochat.config import RunSettings, setting
 from nanochat.home import Home, write_text
-from nanochat.report import answers, page, plots
-from nanochat.report.compare import compare, difference_table, summary_csv
-from nanochat.report.facts import Facts, read_facts
-from nanochat.report.html import html
+from nanochat.report import answers, pages, tables
+from nanochat.report.facts import read_facts
 
 
 @dataclass(frozen=True)
@@ -39,14 +37,18 @@ def main(argv: list[str] | None = None) -> None:
     if runs:
         side_by_side(home, runs)
         return
-    facts, directory = read_facts(home, cfg.tag), home.report_dir(cfg.tag)
+    facts = read_facts(home, cfg.tag)
+    directory = home.report_dir(cfg.tag)
+    charts = pages.chart_files(facts)
+    for name, chart in charts.items():
+        write_text(directory / name, chart.file())
     tasks, left_out = answers.collect(home, cfg.tag, facts)
     if tasks:
-        write_text(directory / ANSWERS, answers.html(tasks, left_out, cfg.tag))
-    write_text(directory / "report.md", page.page(facts, cfg.tag, draw(facts, home, cfg.tag), cfg.price))
-    write_text(directory / "report.html", html(facts, cfg.tag, cfg.price, ANSWERS if tasks else None))
-    write_text(directory / "summary.csv", summary_csv(facts))
-    print(page.plain(page.summary(facts)))
+        write_text(directory / ANSWERS, pages.answers(tasks, left_out, cfg.tag))
+    write_text(directory / "report.md", pages.markdown(facts, cfg.tag, list(charts), cfg.price))
+    write_text(directory / "report.html", pages.html(facts, cfg.tag, cfg.price, ANSWERS if tasks else None))
+    write_text(directory / "summary.csv", tables.summary_csv(facts))
+    print(tables.plain(tables.summary(facts)))
     for name, stage in facts.items():
         if stage.status != "finished":
             print(f"{name}: {stage.status}")
@@ -63,23 +65,12 @@ def side_by_side(home: Home, runs: list[str]) -> None:
     ]
     a, b = (read_facts(place, tag) for place, tag in places)
     names = (places[0][1], places[1][1]) if places[0][1] != places[1][1] else ("A", "B")
-    text, whole = compare(a, b, names)
+    text, page = pages.compare(a, b, names)
     directory = places[0][0].report_dir(places[0][1])
     write_text(directory / "compare.md", text)
-    write_text(directory / "compare.html", whole)
-    print(page.plain(difference_table(a, b, names)))
+    write_text(directory / "compare.html", page)
+    print(tables.plain(tables.differences(a, b, names)))
     print(f"\ncomparison: {directory / 'compare.html'}")
-
-
-def draw(facts: Facts, home: Home, tag: str) -> list[str]:
-    """The names of the plots; none, and a line that says so, without matplotlib."""
-    directory = home.report_dir(tag)
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
-        return plots.draw(facts, directory)
-    except ImportError:
-        print("plots not drawn: matplotlib is not installed (pip install matplotlib)")
-        return []
 
 
 if __name__ == "__main__":

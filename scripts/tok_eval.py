@@ -2,7 +2,7 @@
 
 python -m scripts.tok_eval
 
-Prints two tables and writes tok_eval.png. Speed is that of one thread, by rustbpe and by tiktoken on the same
+Prints two tables and draws them. Speed is that of one thread, by rustbpe and by tiktoken on the same
 ranks; samples are short and repeated, so the speed on validation text says more.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ import torch
 from nanochat import config, errors
 from nanochat.config import HubSettings, setting
 from nanochat.data.sources import open_source
-from nanochat.eval.tokenizers import ENGINES, num_bytes, plot, speed, table
-from nanochat.home import Home
+from nanochat.eval.tokenizers import ENGINES, num_bytes, speed, table
+from nanochat.home import Home, write_text
+from nanochat.report.charts import Bars, bar_chart
 from nanochat.run_dir import open_stage
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import RustBPETokenizer
@@ -84,10 +86,29 @@ def main(argv: list[str] | None = None) -> None:
                 speeds[f"{name} {engine}"] = rates
         print(table("bytes per token", ratios, sizes))
         print(table("MB/s, one thread", speeds, sizes))
-        plot(home.stage_dir(cfg.tag, "tok_eval") / "tok_eval.png", ratios, speeds)
+        plot(home.stage_dir(cfg.tag, "tok_eval"), ratios, speeds)
         stage.finish(
             bytes_per_token=ratios, mb_per_second=speeds, bytes=sizes, vocab_size=tok.get_vocab_size()
         )
+
+
+def plot(directory: Path, ratios: dict[str, dict[str, float]], speeds: dict[str, dict[str, float]]) -> None:
+    """Bars of both tables, one group for each text."""
+    colours = ("#4c72b0", "#8a8f98", "#937ac2", "#dd8452", "#55a868", "#c44e52", "#64b5cd", "#ccb974")
+    for name, title, values in (
+        ("bytes_per_token", "bytes per token (more is better)", ratios),
+        ("speed", "MB/s, one thread", speeds),
+    ):
+        texts = list(ratios["ours"])
+        series = [
+            Bars(who, [found.get(text) for text in texts], colours[i % len(colours)])
+            for i, (who, found) in enumerate(values.items())
+            if found
+        ]
+        chart = bar_chart(title, texts, series, title, is_wide=True)
+        if chart is not None:
+            write_text(directory / f"{name}.svg", chart.file())
+            print(f"plot: {directory / f'{name}.svg'}")
 
 
 def first(documents: Iterable[tuple[str, Any]], max_chars: int) -> list[str]:

@@ -45,7 +45,7 @@ LAYERS = [
 ]
 EXCEPTIONS = {("gpt", "optim")}  # GPT.setup_optimizer, inside the method
 NO_TORCH = ["chat_format", "gpt_config", "scaling", "config", "home", "errors", "storage", "checkpoint"]
-OPTIONAL = {"wandb", "matplotlib", "kernels", "flash_attn", "datasets"}
+OPTIONAL = {"wandb", "kernels", "flash_attn", "datasets"}
 PICKLES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 
 

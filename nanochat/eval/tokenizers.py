@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from nanochat.tokenizer import RustBPETokenizer
 
@@ -56,24 +55,3 @@ def table(title: str, values: dict[str, dict[str, float]], sizes: dict[str, int]
         shown = {name: MISSING if cell is None else f"{cell:.3g}" for name, cell in cells.items()}
         lines.append(f"{what:16}{size:>10,}" + "".join(f"{shown[name]:>{widths[name]}}" for name in shown))
     return "\n".join(lines)
-
-
-def plot(path: Path, ratios: dict[str, dict[str, float]], speeds: dict[str, dict[str, float]]) -> None:
-    """Bars of both tables, a group a text; without matplotlib, a line that says so."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"{path.name} not drawn: matplotlib is not installed (pip install matplotlib)")
-        return
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    titles = ("bytes per token (more is better)", "MB/s, one thread")
-    for axes, title, values in zip(figure.subplots(2, 1), titles, (ratios, speeds), strict=True):
-        shown = {name: of for name, of in values.items() if of}
-        for i, (name, of) in enumerate(shown.items()):
-            places = [at + (i + 0.5) / (len(shown) + 1) for at in range(len(of))]
-            axes.bar(places, list(of.values()), 1 / (len(shown) + 1), label=name)
-        axes.set(title=title, xticks=[at + 0.5 for at in range(len(ratios["ours"]))])
-        axes.set_xticklabels(list(ratios["ours"]))
-        axes.legend(frameon=False, ncols=len(shown))
-    figure.savefig(path, dpi=120)
-    print(f"plot: {path}")

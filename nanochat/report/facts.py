@@ -14,12 +14,7 @@ STAGES = (
     "tok_train", "tok_eval", "base", "base_eval", "mid", "chat_eval_mid", "sft", "chat_eval_sft",
     "dpo", "chat_eval_dpo", "rl", "chat_eval_rl",
 )  # fmt: skip
-OPTIONAL = (
-    "dpo",
-    "chat_eval_dpo",
-    "rl",
-    "chat_eval_rl",
-)  # left out where there are none; others are shown as not run
+OPTIONAL = STAGES[-4:]  # left out where there are none; others are shown as not run
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 from nanochat.errors import UserError
 from nanochat.home import Home, write_json
-from nanochat.report import answers, html, page
-from nanochat.report.charts import Bars, Line, bar_chart, line_chart, show, thin, ticks
+from nanochat.report import answers, pages, tables
+from nanochat.report.charts import Bars, Chart, Line, bar_chart, line_chart, smooth, thin, tick_text, ticks
 from nanochat.report.facts import read_facts
-from nanochat.report.plots import smooth
 from scripts import report
 
 
@@ -75,13 +74,13 @@ def full(home: Path) -> Home:
     return where
 
 
-def cells(table: page.Table, title: str) -> list[str]:
+def cells(table: tables.Table, title: str) -> list[str]:
     (found,) = [row[1:] for row in table if row[0].startswith(title)]
     return found
 
 
 def test_summary_shows_what_was_measured_and_no_more(full: Home) -> None:
-    table = page.summary(read_facts(full, "main"))
+    table = tables.summary(read_facts(full, "main"))
     assert table[0] == ["", "base", "mid", "sft"]  # rl has not been run and is optional
     assert cells(table, "bits per byte") == ["0.8765", "–", "–"]  # base_eval's, not training's
     assert cells(table, "validation loss") == ["–", "0.7000", "–"]
@@ -89,19 +88,18 @@ def test_summary_shows_what_was_measured_and_no_more(full: Home) -> None:
     assert cells(table, "facts") == ["–", "60.0 %", "–"]
     assert cells(table, "ChatCORE") == ["–", "0.3000", "–"]
     full.result_file("main", "base_eval").unlink()
-    table = page.summary(read_facts(full, "main"))
+    table = tables.summary(read_facts(full, "main"))
     assert cells(table, "bits per byte")[0] == "0.9000" and cells(table, "CORE") == ["–"] * 3
 
 
 def test_stages_table(full: Home) -> None:
-    rows = {row[0]: row[1:] for row in page.stages(read_facts(full, "main"))}
+    rows = {row[0]: row[1:] for row in tables.stages(read_facts(full, "main"))}
     assert rows["base"] == ["finished", "1:02:05", "600", "4,915,200", "12,346", "31.0 %", "1.50 GB"]
     assert rows["sft"][:2] == ["unfinished, step 4", "–"] and rows["tok_eval"][:2] == ["not run", "–"]
     assert rows["together"][1] == "1:03:21"  # 4 + 3725 + 5 + 60 + 7 seconds
 
 
 def test_page_and_plots(full: Home, capsys: pytest.CaptureFixture) -> None:
-    pytest.importorskip("matplotlib")
     report.main(["--tag=main", "--preset=cpu-demo", "--seed=3"])
     out = capsys.readouterr().out
     assert "0.8765" in out and "sft: unfinished, step 4" in out and "chat_eval_sft: not run" in out
@@ -111,13 +109,16 @@ def test_page_and_plots(full: Home, capsys: pytest.CaptureFixture) -> None:
         "report.html",
         "report.md",
         "summary.csv",
-        "loss.png",
-        "bpb.png",
-        "accuracy.png",
+        "loss-base.svg",
+        "loss-mid.svg",
+        "loss-sft.svg",
+        "bpb.svg",
+        "accuracy.svg",
     }
-    for name in re.findall(r"\((\w+\.png)\)", text):
-        assert (directory / name).read_bytes().startswith(b"\x89PNG")
-    assert text.count(".png](") == 3
+    drawn = re.findall(r"\(([\w-]+\.svg)\)", text)
+    assert len(drawn) == 5
+    for name in drawn:
+        assert ElementTree.parse(directory / name).getroot().tag == "{http://www.w3.org/2000/svg}svg"
     assert "| mid | facts | 60.0 % | 57.0 % to 62.0 % | 120 | 200 | 0.0 % |" in text
     assert "| boolq | 50.0 % | -0.3158 | 62.0 % | 20 | 3 |" in text and "a note" in text
     assert "    The sky is *blue*\n    # green" in text  # a model's words are no markup
@@ -127,16 +128,6 @@ def test_page_and_plots(full: Home, capsys: pytest.CaptureFixture) -> None:
     assert "Not finished: tok_eval (not run), sft (unfinished, step 4), chat_eval_sft (not run)." in text
     assert "## Answers\n\nNothing was recorded." in text
     assert len({line.count("|") for line in text.split("## Time")[1].split("\n\n")[1].splitlines()}) == 1
-
-
-def test_without_matplotlib_the_page_is_written(
-    full: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    report.main(["--tag=main"])
-    assert "plots not drawn" in capsys.readouterr().out
-    assert {p.name for p in full.report_dir("main").iterdir()} == {"report.html", "report.md", "summary.csv"}
-    assert ".png" not in (full.report_dir("main") / "report.md").read_text(encoding="utf-8")
 
 
 def test_only_a_tokenizer_so_far(home: Path, capsys: pytest.CaptureFixture) -> None:
@@ -159,10 +150,10 @@ def test_nothing_to_report(home: Path) -> None:
 
 
 def test_small_parts() -> None:
-    assert [page.count(v) for v in (None, 1234, 0.123456789, 123456.7, "text", True)] == [
+    assert [tables.count(v) for v in (None, 1234, 0.123456789, 123456.7, "text", True)] == [
         "–", "1,234", "0.123457", "123,457", "text", "True",
     ]  # fmt: skip
-    assert page.plain([["", "a"], ["long", "1"], ["b", "–"]]) == "      a\nlong  1\nb     –"
+    assert tables.plain([["", "a"], ["long", "1"], ["b", "–"]]) == "      a\nlong  1\nb     –"
     assert smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0] * 3)
     assert smooth([0.0, 1.0])[1] == pytest.approx(1 / 1.9)
 
@@ -179,7 +170,7 @@ def test_the_html_needs_nothing_else_and_shows_all(full: Home) -> None:
          {"step": 9, "eval_seconds": 1, "accuracy_arithmetic": 0.75}],
     )  # fmt: skip
     facts = read_facts(full, "main")
-    text = html.html(facts, "main")
+    text = pages.html(facts, "main")
     assert not re.findall(r'(?:src|href)="(?!#)', text) and "@import" not in text and "url(" not in text
     assert text.count("<svg") == text.count("</svg>") >= 6
     for title in (
@@ -223,14 +214,14 @@ def test_what_a_model_wrote_is_never_markup(full: Home) -> None:
     record = {"question": evil, "answer": evil, "full": "<|python_start|>1 + 2<|python_end|>", "right": True}
     tasks = {evil: accuracy(3, 4)}
     write_stage(full, "chat_eval_sft", {"tasks": tasks, "chatcore": 0.5, "examples": {evil: [record]}})
-    text = html.html(read_facts(full, "main"), "main")
+    text = pages.html(read_facts(full, "main"), "main")
     assert "<script" not in text and "<img" not in text and "&lt;script&gt;" in text
     assert "[1 + 2]" in text
 
 
 def test_a_run_with_one_stage_has_a_page_too(home: Path) -> None:
     write_stage(Home(home), "tok_train", {"vocab_size": 2048, "seconds": 4.0})
-    text = html.html(read_facts(Home(home), "main"), "main")
+    text = pages.html(read_facts(Home(home), "main"), "main")
     assert "not finished" in text and "base (not run)" in text and "<svg" not in text
 
 
@@ -243,29 +234,34 @@ def test_core_stands_beside_known_models(full: Home) -> None:
     }
     known["part"] = {"boolq": 0.2}
     write_json(full.result_file("main", "base_eval"), result | {"core_references": known})
-    text = html.html(read_facts(full, "main"), "main")
+    text = pages.html(read_facts(full, "main"), "main")
     assert "A note; over the same tasks: gpt2 0.1500, large 0.4000." in text
-    (chart,) = re.findall(r"<figure class=wide><figcaption>centred.*?</figure>", text)
+    (chart,) = re.findall(r"<figure class=\"wide\"><figcaption>centred.*?</figure>", text, re.S)
     assert re.findall(r"</i>([^<]+)</span>", chart) == ["this model", "part", "gpt2", "large"]
     assert (
         "rotate" not in chart
-        and bar_chart("t", ["a", "b" * 99], [Bars("m", [1, 2], "red")], "y").count("rotate(-25") == 2
+        and svg_of(bar_chart("t", ["a", "b" * 99], [Bars("m", [1, 2], "red")], "y")).count("rotate(-25") == 2
     )
     write_json(full.result_file("main", "base_eval"), {"core": None, "core_note": "no bundle here"})
-    assert "Not measured: no bundle here." in html.html(read_facts(full, "main"), "main")
+    assert "Not measured: no bundle here." in pages.html(read_facts(full, "main"), "main")
+
+
+def svg_of(chart: Chart | None) -> str:
+    assert chart is not None
+    return chart.svg()
 
 
 def test_ticks_are_round_and_inside() -> None:
     assert ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert ticks(-3.2, 11) == [0, 5, 10] and ticks(2, 2) == [2]
-    assert [show(v) for v in (0.25, 1500, 3_200_000, 12)] == ["0.25", "1.5k", "3.2M", "12"]
+    assert [tick_text(v) for v in (0.25, 1500, 3_200_000, 12)] == ["0.25", "1.5k", "3.2M", "12"]
     thinned = thin(range(1000), [1.0] * 1000)
     assert len(thinned) <= 300 and thinned[0] == (1.5, 1.0) and {y for _, y in thinned} == {1.0}
 
 
 def test_a_curve_stands_where_its_numbers_say() -> None:
     """The first and last of three points lie at the ends of the axis, the middle one in between."""
-    text = line_chart("t", [Line("a", [0, 5, 10], [0, 1, 2], "red")], "x", "y")
+    text = svg_of(line_chart("t", [Line("a", [0, 5, 10], [0, 1, 2], "red")], "x", "y"))
     (points,) = re.findall(r'points="([^"]*)"', text)
     (x0, y0), (x1, y1), (x2, y2) = ([float(v) for v in p.split(",")] for p in points.split())
     assert (
@@ -274,8 +270,8 @@ def test_a_curve_stands_where_its_numbers_say() -> None:
         and y0 > y1 > y2
         and y0 - y1 == pytest.approx(y1 - y2)
     )
-    assert line_chart("t", [Line("a", [], [], "red")], "x", "y") == ""
-    bars = bar_chart("t", ["a", "b"], [Bars("m", [50, None], "red")], "y", top=100)
+    assert line_chart("t", [Line("a", [], [], "red")], "x", "y") is None
+    bars = svg_of(bar_chart("t", ["a", "b"], [Bars("m", [50, None], "red")], "y", top=100))
     assert bars.count("<rect") == 1 and 'height="90.0"' in bars  # half of 250 - 30 - 40
 
 
@@ -310,7 +306,7 @@ def test_cost_is_shown_when_the_price_is_known(full: Home, capsys: pytest.Captur
     report.main(["--price=3"])
     directory = full.report_dir("main")
     assert "Time and cost" in (directory / "report.html").read_text()
-    rows = {row[0]: row[-1] for row in page.stages(read_facts(full, "main"), 3.0)}
+    rows = {row[0]: row[-1] for row in tables.stages(read_facts(full, "main"), 3.0)}
     assert rows["stage"] == "cost" and rows["base"] == "$6.00" and rows["sft"] == "–"
     assert rows["together"] == "$6.13" and rows["base_eval"] == "$0.0083"  # 3676 s; 5 s
     assert "| $6.00 |" in (directory / "report.md").read_text()
@@ -349,7 +345,7 @@ def test_answers_of_all_stages_stand_together(full: Home, monkeypatch: pytest.Mo
         "index": 2, "question": "q2", "reference": "r",
         "answers": {"mid": [[True, "[1 + 2] ", "stop"]], "sft": [[False, "said", "stop"]]},
     }  # fmt: skip
-    monkeypatch.setattr(answers, "MOST", 3)
+    monkeypatch.setattr(answers, "MAX_QUESTIONS", 3)
     tasks, left_out = answers.collect(full, "main", read_facts(full, "main"))
     assert len(tasks["facts"]) == 3 and left_out == {"facts": 1}
     path = full.stage_dir("main", "chat_eval_sft") / "facts.jsonl"
