@@ -110,7 +110,7 @@ def _softmax(x: Tensor, B: int, E: int, limits: tuple[Any, ...], p: Tensor | Non
     """Scores (B * K, G * C, keys) -> P; with P given, the gradient of P -> that of the scores. In place."""
     C, past, left, right, starts_BC = limits
     rows, num_keys = x.shape[0] * x.shape[1], x.shape[2]
-    where = (rows, C, rows // B, num_keys, past, left, right, starts_BC, C, E**-0.5, native.is_half(x))
+    where = (rows, C, rows // B, num_keys, past, left, right, starts_BC, C, E**-0.5, native.is_bf16(x))
     if p is None:
         native.call("softmax_forward", x, *where)
     else:

@@ -79,7 +79,7 @@ def _native(logits: Tensor, targets: Tensor, cap: float, wants_gradient: bool) -
         *logits.shape,
         cap,
         int(wants_gradient),
-        native.is_half(logits),
+        native.is_bf16(logits),
     )
     return nll_N
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.kernel_builds import bf16_pairs
 
 from nanochat.flash_attention import dense, tiles
 from nanochat.gpt import rope_tables, softcap
@@ -19,6 +20,12 @@ WORST = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}
 @pytest.fixture(autouse=True)
 def _no_override(monkeypatch):
     monkeypatch.setattr(native, "_override", None)
+
+
+@pytest.fixture
+def with_tiles():
+    with bf16_pairs():
+        yield
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -78,6 +85,23 @@ def test_mix(dtype):
     assert worst(y.detach(), oracle.detach()) < WORST[dtype]
     for got, want in zip(torch.autograd.grad(y, ours, dy), torch.autograd.grad(oracle, exact, dy.double())):
         assert worst(got, want) < WORST[dtype]
+
+
+def test_what_does_not_fit_is_not_given_to_c():
+    """Another shape is refused; angles for other rows or sizes are PyTorch's to broadcast or to refuse."""
+    with pytest.raises(ValueError, match="equal shapes"):
+        fused.mix(random(5, 8), random(5, 9), torch.tensor(1.0), torch.tensor(1.0))
+    x = random(2, 7, 3, 8)
+    angles = random(2, 7, 1, 4)
+    assert (
+        worst(
+            fused.rotate_norm(x, angles.cos(), angles.sin(), 1.0),
+            plain_norm(plain_rotate(x.double(), angles.double().cos(), angles.double().sin())),
+        )
+        < 1e-6
+    )
+    with pytest.raises(RuntimeError):
+        fused.rotate_norm(x, *(random(6, 1, 4) for _ in range(2)), 1.0)
 
 
 @pytest.mark.parametrize("is_uniform", [True, False])
@@ -141,14 +165,13 @@ def test_more_keys_than_queries():
     assert worst(y, oracle) < 1e-6
 
 
+@pytest.mark.usefixtures("with_tiles")
 @pytest.mark.parametrize("shape", [(2, 53, 53, 4, 2, 32), (1, 200, 200, 4, 1, 64), (1, 40, 190, 3, 3, 128)])
 @pytest.mark.parametrize("left", [None, 0, 70])
 def test_attention_in_tiles(shape, left):
     """Odd lengths, groups, windows, packed documents, keys before the queries; at least as exact as dense."""
     from helpers.attention_cases import inputs, plain, visible
 
-    if not native.has("attention"):
-        pytest.skip("this processor has no AVX512-BF16, or has AMX")
     B, T, S, H, K, E = shape
     q, k, v, dy = inputs(B, S, H, K, E, torch.bfloat16)
     q, dy = q[:, S - T :].contiguous(), dy[:, S - T :].contiguous()
@@ -171,11 +194,10 @@ def test_attention_in_tiles(shape, left):
             assert sum(errors[0]) < 1.1 * sum(errors[1])
 
 
+@pytest.mark.usefixtures("with_tiles")
 def test_tiles_keep_nan_and_hide_the_future():
     from helpers.attention_cases import inputs
 
-    if not native.has("attention"):
-        pytest.skip("this processor has no AVX512-BF16, or has AMX")
     q, k, v, _ = inputs(1, 150, 2, 2, 32, torch.bfloat16)
     before = tiles.Tiles.apply(q, k, v, 150, 0, None)
     k[:, 100:], v[:, 100:] = 3.0, -7.0

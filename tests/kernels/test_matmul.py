@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.kernel_builds import bf16_pairs
 
 from nanochat.kernels import build as native
 from nanochat.kernels import layer as layers
@@ -17,9 +20,9 @@ SHAPES = [(96, 64, 128), (67, 34, 70), (33, 4200, 38), (700, 96, 450)]
 
 
 @pytest.fixture
-def needs_products() -> None:
-    if not native.has("matmul"):
-        pytest.skip("this processor has no bf16 pairs in AVX512, or has AMX: products are PyTorch's")
+def needs_products() -> Iterator[None]:
+    with bf16_pairs():
+        yield
 
 
 def bf16(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -133,6 +136,18 @@ def test_odd_sums_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
         made.append([y, *torch.autograd.grad(loss + y.float().square().sum(), (hidden, x, layer.weight))])
     for found, plain in zip(*made, strict=True):
         assert (found.double() - plain.double()).norm() < 0.02 * plain.double().norm()
+
+
+@pytest.mark.parametrize(("rows", "inputs"), [(40, 66), (42, 64)])
+def test_shapes_that_do_not_fit_are_refused(rows: int, inputs: int, needs_products: None) -> None:
+    x, w, dy = bf16(40, 64), bf16(32, inputs, seed=1), bf16(rows, 32, seed=2)
+    with pytest.raises(ValueError, match="must fit"):
+        if inputs != 64:
+            matmul.forward(x, w)
+        else:
+            matmul.gradient_of_weight(dy, x)
+    with pytest.raises(ValueError, match="must fit"):
+        matmul.forward(x, bf16(32, 64), plus=bf16(rows, 34))
 
 
 def test_an_odd_sum_is_refused(needs_products: None) -> None:

@@ -224,31 +224,12 @@ EXPORT void matmul(const uint16_t *a, const uint16_t *b, void *c, const uint16_t
     free(panels);
 }
 
-/* The part below the diagonal from the one above: c (n x n), rows i to i + 8. */
-static void mirror(uint16_t *c, int64_t n, int64_t i) {
-    /* whole tiles of 8 x 8, transposed in registers */
-    int64_t whole = min_of(8, n - i) == 8 ? i / 8 * 8 : 0;
-    for (int64_t j = 0; j < whole; j += 8) {
-        __m128i r[8], t[8];
-        UNROLL for (int h = 0; h < 8; h++) r[h] = _mm_loadu_si128((const __m128i *)(c + (j + h) * n + i));
-        UNROLL for (int h = 0; h < 4; h++) {
-            t[2 * h] = _mm_unpacklo_epi16(r[2 * h], r[2 * h + 1]);
-            t[2 * h + 1] = _mm_unpackhi_epi16(r[2 * h], r[2 * h + 1]);
-        }
-        UNROLL for (int h = 0; h < 2; h++) {
-            UNROLL for (int g = 0; g < 2; g++) {
-                r[4 * h + 2 * g] = _mm_unpacklo_epi32(t[4 * h + g], t[4 * h + g + 2]);
-                r[4 * h + 2 * g + 1] = _mm_unpackhi_epi32(t[4 * h + g], t[4 * h + g + 2]);
-            }
-        }
-        UNROLL for (int h = 0; h < 4; h++) {
-            _mm_storeu_si128((__m128i *)(c + (i + 2 * h) * n + j), _mm_unpacklo_epi64(r[h], r[h + 4]));
-            _mm_storeu_si128((__m128i *)(c + (i + 2 * h + 1) * n + j), _mm_unpackhi_epi64(r[h], r[h + 4]));
-        }
-    }
-    /* the rest, element by element */
-    for (int64_t r = i; r < min_of(i + 8, n); r++)
-        for (int64_t j = whole; j < r; j++) c[r * n + j] = c[j * n + r];
+/* The part of c (n x n) below the diagonal from the one above, by blocks that stay in the cache. */
+static void mirror(uint16_t *c, int64_t n) {
+    for (int64_t i0 = 0; i0 < n; i0 += 32)
+        for (int64_t j0 = 0; j0 <= i0; j0 += 32)
+            for (int64_t i = i0; i < min_of(i0 + 32, n); i++)
+                for (int64_t j = j0; j < min_of(j0 + 32, i); j++) c[i * n + j] = c[j * n + i];
 }
 
 /* What one thread needs for the products of a matrix. */
@@ -262,7 +243,7 @@ static void multiply_mix(Product p, Workspace work) {
     p.epilogue = MIX;
     for (int64_t panel = 0; panel * NR < p.n; panel++) pack_panel(&p, panel, work.panels);
     compute_block(&p, 0, p.m, 0, p.n, NULL, work.panels, work.sums);
-    for (int64_t i = 0; p.is_symmetric && i < p.n; i += 8) mirror((uint16_t *)(void *)p.c, p.n, i);
+    if (p.is_symmetric) mirror((uint16_t *)(void *)p.c, p.n);
 }
 
 /* Polar Express (optim/muon.py) on `count` matrices x (R x C, R <= C, both even) in place, a thread each.
