@@ -1,7 +1,8 @@
-"""Cross entropy of softcapped logits without ever holding all of them.
+"""Cross entropy of softcapped logits that never holds all of them.
 
-Chunks of tokens; a chunk's logits become their own gradient in place, in kernels.c on a CPU, in Triton on
-a GPU (triton_loss.py), else by the PyTorch lines of `WeightedNLL`. Tests hold all three to fp64.
+Tokens come in chunks. The logits of a chunk become their own gradient in place: in C on a CPU
+(elementwise.c), in Triton on a GPU (triton_loss.py), else by the PyTorch lines of `_in_place_by_pytorch`,
+which are the oracle; tests hold all three to fp64.
 
 Letters: N tokens, D width, V vocabulary (the head's table may be padded beyond it).
 """
@@ -14,13 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.kernels import build as native
-from nanochat.kernels import matmul
+from nanochat.kernels import build, matmul
 
 CHUNK_LOGITS = 1 << 24  # logits held at once on a GPU: 64 MB in fp32
-# Logits of a chunk without and with a kernel that works in place: fp32 copies should stay in a CPU's
-# cache, while a GPU's products want many rows and the head's gradient few chunks.
-ON_CPU, ON_GPU = (1 << 20, 1 << 22), (CHUNK_LOGITS, 1 << 27)
+# Logits of a chunk in PyTorch and in a kernel. A CPU's fp32 copies should stay in its cache; a GPU's products
+# want many rows, and the head's gradient few chunks.
+ON_CPU = (1 << 20, 1 << 22)
+ON_GPU = (CHUNK_LOGITS, 1 << 27)
+
+# (logits (N, V), targets (N,), softcap, wants gradient) -> nll (N,), 0 where the target is -1; with
+# wants gradient the logits are overwritten by d nll / d logits
+InPlace = Callable[[Tensor, Tensor, float, bool], Tensor]
 
 
 def weighted_nll(
@@ -49,57 +54,17 @@ def weighted_nll(
     targets_N = targets.reshape(-1).long()
     weights_N = weights.reshape(-1)
     if hidden.device.type == "cpu" and targets_N.numel():
-        least, largest = (int(target) for target in targets_N.aminmax())
-        native.check_range("targets", least, largest, -1, vocab)
-        if least < 0:
-            keep = (targets_N >= 0).nonzero().squeeze(1)
-            hidden_ND, targets_N, weights_N = hidden_ND[keep], targets_N[keep], weights_N[keep]
+        smallest, largest = (int(target) for target in targets_N.aminmax())
+        build.check_range("targets", smallest, largest, -1, vocab)
+        # Tokens without a target cost nothing.
+        if smallest < 0:
+            kept = (targets_N >= 0).nonzero().squeeze(1)
+            hidden_ND, targets_N, weights_N = hidden_ND[kept], targets_N[kept], weights_N[kept]
     return WeightedNLL.apply(hidden_ND, head_VD, targets_N, weights_N, vocab, softcap, cast_VD)
 
 
-def _kernel(hidden: Tensor) -> Callable[[Tensor, Tensor, float, bool], Tensor] | None:
-    """(logits, targets, cap, wants gradient) -> nll, the logits overwritten by their gradient; None for
-    PyTorch."""
-    if native.ready(hidden):
-        return _native
-    if hidden.device.type != "cuda" or torch.compiler.is_compiling():
-        return None
-    from nanochat.kernels import triton_loss
-
-    return triton_loss.in_place if triton_loss.why_not(hidden.device, hidden.dtype) is None else None
-
-
-def _native(logits: Tensor, targets: Tensor, cap: float, wants_gradient: bool) -> Tensor:
-    nll_N = torch.empty(len(logits), dtype=torch.float32)
-    native.call(
-        "cross_entropy",
-        logits,
-        targets,
-        nll_N,
-        *logits.shape,
-        cap,
-        int(wants_gradient),
-        native.is_bf16(logits),
-    )
-    return nll_N
-
-
-def _wide_mm(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, summed and returned in at least fp32 where the device offers it."""
-    if a.device.type == "cuda" and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).to(torch.promote_types(a.dtype, torch.float32))
-
-
 class WeightedNLL(torch.autograd.Function):
-    """sum_n w_n * nll_n of softcapped logits, and its gradient, made together in chunks of tokens.
-
-    With s = sigmoid(2/15 h W^T) a logit is 15 tanh(h W^T / 15) = 30 s - 15; the 15 cancels in the softmax.
-    So Z = sum(exp(30 s)), nll = log Z - 30 s_y and
-    d nll / d (h W^T) = (exp(30 s) / Z - onehot(y)) * 4 s (1 - s).
-    Capped scores need no maximum subtracted: Z < V e^30. sigmoid, because a CPU's tanh takes six times as
-    long. fp32 between the matrix products, which run in the dtype of h; the head's gradient in fp32.
-    """
+    """sum_n w_n * nll_n and its gradient in one pass; fp32 between products and in the head's gradient."""
 
     @staticmethod
     def forward(
@@ -116,54 +81,97 @@ class WeightedNLL(torch.autograd.Function):
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         wants = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         total = torch.zeros((), device=hidden_ND.device, dtype=wide)
-        grad_h = torch.empty_like(hidden_ND) if wants else None
-        grad_w = torch.zeros_like(head_VD, dtype=wide) if wants else None
-        kernel = _kernel(hidden_ND)
-        is_uniform = (
-            kernel is not None and weights_N.stride(0) == 0
-        )  # one weight for all: a factor at the end
+        grad_ND = torch.empty_like(hidden_ND) if wants else None
+        grad_VD = torch.zeros_like(head_VD, dtype=wide) if wants else None
+        # One weight for all tokens is a factor at the end.
+        is_uniform = len(weights_N) > 0 and weights_N.stride(0) == 0
         ctx.factor = weights_N[0].to(wide) if is_uniform else None
-        small, large = ON_CPU if hidden_ND.device.type == "cpu" else ON_GPU
-        rows = max(1, (small if kernel is None else large) // vocab)
-        for i in range(0, hidden_ND.shape[0], rows):
-            h, y = hidden_ND[i : i + rows], targets_N[i : i + rows]
-            if kernel is not None:
-                is_fast = vocab % 2 == 0 and matmul.is_fast(h, w_VD)
-                d = matmul.forward(h, w_VD) if is_fast else h @ w_VD.T
-                w_N = weights_N[i : i + rows].to(wide)
-                total += (kernel(d, y.contiguous(), softcap, wants) * w_N).sum()
-                if grad_h is not None and grad_w is not None:
-                    dh = grad_h[i : i + rows]
-                    matmul.gradient_of_input(d, w_VD, out=dh) if is_fast else torch.mm(d, w_VD, out=dh)
-                    if not is_uniform:
-                        dh.mul_(w_N.unsqueeze(1))
-                        h = h * w_N.unsqueeze(1).to(h.dtype)
-                    if is_fast:
-                        matmul.gradient_of_weight(d, h, add_to=grad_w[:vocab])
-                    else:
-                        grad_w[:vocab] += _wide_mm(d.T, h)
+
+        in_place = _kernel(hidden_ND) or _in_place_by_pytorch
+        chunks = ON_CPU if hidden_ND.device.type == "cpu" else ON_GPU
+        rows = max(1, chunks[in_place is not _in_place_by_pytorch] // vocab)
+        for i in range(0, len(hidden_ND), rows):
+            h = hidden_ND[i : i + rows]
+            w_N = weights_N[i : i + rows].to(wide)
+            is_fast = vocab % 2 == 0 and matmul.is_fast(h, w_VD)
+            d = matmul.forward(h, w_VD) if is_fast else h @ w_VD.T
+            total += (in_place(d, targets_N[i : i + rows].contiguous(), softcap, wants) * w_N).sum()
+            if grad_ND is None or grad_VD is None:
                 continue
-            is_wrong = (y < -1) | (y >= vocab)  # only on a GPU
-            w_N = weights_N[i : i + rows].masked_fill(y == -1, 0.0).masked_fill(is_wrong, float("nan"))
-            w_N1 = w_N.unsqueeze(1).to(wide)
-            y_N1 = y.clamp(0, vocab - 1).unsqueeze(1)
-            s = ((h * (2 / softcap)) @ w_VD.T).to(wide).sigmoid_()
-            probs = (s * (2 * softcap)).exp_()
-            z_N1 = probs.sum(1, keepdim=True)
-            total += ((z_N1.log() - 2 * softcap * s.gather(1, y_N1)) * w_N1).sum()
-            if grad_h is not None and grad_w is not None:
-                d = probs.mul_(4 * w_N1 / z_N1)
-                d.scatter_add_(1, y_N1, -4 * w_N1)
-                d.mul_(s).addcmul_(d, s, value=-1)
-                d = d.to(h.dtype)
-                torch.mm(d, w_VD, out=grad_h[i : i + rows])
-                grad_w[:vocab] += (d.T @ h).to(wide)
-        if grad_h is not None:
-            ctx.save_for_backward(grad_h, grad_w)
+
+            # d is the gradient of the logits now, without the weights.
+            dh = grad_ND[i : i + rows]
+            if is_fast:
+                matmul.gradient_of_input(d, w_VD, out=dh)
+            else:
+                torch.mm(d, w_VD, out=dh)
+            if not is_uniform:
+                dh.mul_(w_N.unsqueeze(1))
+                h = h * w_N.unsqueeze(1).to(h.dtype)
+            if is_fast:
+                matmul.gradient_of_weight(d, h, add_to=grad_VD[:vocab])
+            else:
+                grad_VD[:vocab] += _wide_mm(d.T, h)
+        if wants:
+            ctx.save_for_backward(grad_ND, grad_VD)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_h, grad_w = ctx.saved_tensors
-        grad = grad if ctx.factor is None else grad * ctx.factor
-        return grad_h * grad.to(grad_h.dtype), grad_w * grad, None, None, None, None, None
+        grad_ND, grad_VD = ctx.saved_tensors
+        if ctx.factor is not None:
+            grad = grad * ctx.factor
+        return grad_ND * grad.to(grad_ND.dtype), grad_VD * grad, None, None, None, None, None
+
+
+def _kernel(hidden: Tensor) -> InPlace | None:
+    """The C or Triton kernel for this device and dtype, or None."""
+    if build.ready(hidden):
+        return _in_place_by_c
+    if hidden.device.type != "cuda" or torch.compiler.is_compiling():
+        return None
+    from nanochat.kernels import triton_loss
+
+    is_supported = triton_loss.unsupported_reason(hidden.device, hidden.dtype) is None
+    return triton_loss.in_place if is_supported else None
+
+
+def _in_place_by_pytorch(
+    logits_NV: Tensor, targets_N: Tensor, softcap: float, wants_gradient: bool
+) -> Tensor:
+    """See InPlace.
+
+    With s = sigmoid(2 z / cap) a capped logit is cap tanh(z / cap) = 2 cap s - cap, and the cap at its end
+    cancels in the softmax. So Z = sum(exp(2 cap s)), nll = log Z - 2 cap s_y and
+    d nll / dz = (exp(2 cap s) / Z - onehot(y)) * 4 s (1 - s). Capped logits need no maximum subtracted:
+    Z < V e^30. Sigmoid, because a CPU's tanh takes six times as long.
+    """
+    V = logits_NV.shape[1]
+    no_target_N = targets_N == -1
+    is_wrong_N = (targets_N < -1) | (targets_N >= V)  # only on a GPU, which cannot be asked
+    y_N1 = targets_N.clamp(0, V - 1).unsqueeze(1)
+    s_NV = torch.sigmoid(logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)) * (2 / softcap))
+    d_NV = (s_NV * (2 * softcap)).exp_()
+    z_N1 = d_NV.sum(1, keepdim=True)
+    nll_N = (z_N1.log() - 2 * softcap * s_NV.gather(1, y_N1)).squeeze(1)
+    if wants_gradient:
+        scale_N = (
+            torch.full_like(nll_N, 4.0).masked_fill_(no_target_N, 0.0).masked_fill_(is_wrong_N, torch.nan)
+        )
+        d_NV.div_(z_N1).scatter_add_(1, y_N1, torch.full_like(z_N1, -1.0)).mul_(scale_N.unsqueeze(1))
+        logits_NV.copy_(d_NV.mul_(s_NV).addcmul_(d_NV, s_NV, value=-1))
+    return nll_N.masked_fill_(no_target_N, 0.0).masked_fill_(is_wrong_N, torch.nan)
+
+
+def _in_place_by_c(logits_NV: Tensor, targets_N: Tensor, softcap: float, wants_gradient: bool) -> Tensor:
+    nll_N = torch.empty(len(logits_NV), dtype=torch.float32)
+    flags = int(wants_gradient), build.is_bf16(logits_NV)
+    build.call("cross_entropy", logits_NV, targets_N, nll_N, *logits_NV.shape, softcap, *flags)
+    return nll_N
+
+
+def _wide_mm(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, summed and returned in at least fp32 where the device offers it."""
+    if a.device.type == "cuda" and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).to(torch.promote_types(a.dtype, torch.float32))

@@ -1,10 +1,8 @@
-"""Softcapped cross entropy on a GPU: raw logits in, their gradient out in the same memory, one Triton
-program a row.
+"""Softcapped cross entropy on a GPU: raw logits in, their gradient out in the same memory.
 
-Reads a row twice and writes it once; fp32 inside, bf16, fp16 or fp32 outside. kernels.c holds the same
-function for
-CPUs, with the formulas. Under TRITON_INTERPRET=1 it runs on a CPU, slowly, for tests. Imported where it is
-used; without Triton `why_not` says so.
+One Triton program per row reads it twice and writes it once; fp32 inside, bf16, fp16 or fp32 outside. The
+formulas are those of loss.py. Under TRITON_INTERPRET=1 it runs on a CPU, slowly, for tests. This module is
+imported where it is used; without Triton `unsupported_reason` says so.
 """
 
 from __future__ import annotations
@@ -20,11 +18,13 @@ try:
 except ImportError:  # CPU builds of torch
     triton = None
 
-BLOCK = 4096
+BLOCK = 4096  # logits of a row that are in registers at once
+ALLOWED_ERROR_FP32 = 1e-5  # of the probe
+ALLOWED_ERROR_NARROW = 2e-2  # bf16 and fp16 round the gradient
 
 
 @functools.cache
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernel cannot serve tensors of this device, or None; found by comparing it with PyTorch."""
     if triton is None:
         return "Triton is not installed"
@@ -34,37 +34,37 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         error = probe(device, dtype)
     except Exception as problem:  # whatever a compiler raises is its reason, and is shown
         return f"its probe raised {type(problem).__name__}: {str(problem).partition(chr(10))[0]}"
-    return (
-        None if error < (1e-5 if dtype == torch.float32 else 2e-2) else f"its probe is wrong by {error:.1e}"
-    )
+    allowed = ALLOWED_ERROR_FP32 if dtype == torch.float32 else ALLOWED_ERROR_NARROW
+    return None if error < allowed else f"its probe is wrong by {error:.1e}"
 
 
 def probe(device: torch.device, dtype: torch.dtype) -> float:
     """Largest error of loss and gradient on 3 rows of 70 logits, relative to PyTorch's."""
     source = torch.Generator().manual_seed(0)
-    logits = (20 * torch.randn(3, 70, generator=source)).to(device, dtype)
-    targets = torch.tensor([69, -1, 5], device=device)
+    logits_NV = (20 * torch.randn(3, 70, generator=source)).to(device, dtype)
+    targets_N = torch.tensor([69, -1, 5], device=device)
     with torch.inference_mode(False), torch.enable_grad():
-        exact = logits.detach().float().requires_grad_()
-        capped = 15.0 * torch.tanh(exact / 15.0)
-        oracle = torch.nn.functional.cross_entropy(capped, targets, ignore_index=-1, reduction="none")
-        (gradient,) = torch.autograd.grad(oracle.sum(), exact)
-    ours = logits.detach().clone()
-    nll = in_place(ours, targets, 15.0, True)
-    return float(((nll - oracle).abs().max() / oracle.max() + (ours - gradient).abs().max()).detach())
+        exact_NV = logits_NV.detach().float().requires_grad_()
+        capped_NV = 15.0 * torch.tanh(exact_NV / 15.0)
+        oracle_N = torch.nn.functional.cross_entropy(capped_NV, targets_N, ignore_index=-1, reduction="none")
+        (gradient_NV,) = torch.autograd.grad(oracle_N.sum(), exact_NV)
+    found_NV = logits_NV.detach().clone()
+    nll_N = in_place(found_NV, targets_N, 15.0, True)
+    loss_error = (nll_N - oracle_N).abs().max() / oracle_N.max()
+    return float((loss_error + (found_NV - gradient_NV).abs().max()).detach())
 
 
-def in_place(logits_NV: Tensor, targets_N: Tensor, cap: float, wants_gradient: bool) -> Tensor:
-    """nll (N,) fp32 of cap tanh(logits / cap); logits become d nll / d logits.
+def in_place(logits_NV: Tensor, targets_N: Tensor, softcap: float, wants_gradient: bool) -> Tensor:
+    """nll (N,) fp32 of softcap * tanh(logits / softcap); the logits become d nll / d logits if wanted.
 
     Both are 0 where the target is -1 and NaN where it is below -1 or beyond the vocabulary: a check on the
     host would synchronise, and a NaN loss is noticed. Nothing outside the tensors is read or written.
     """
-    rows, vocab = logits_NV.shape
-    nll_N = torch.empty(rows, device=logits_NV.device, dtype=torch.float32)
-    block = min(BLOCK, triton.next_power_of_2(vocab))
-    _kernel[(rows,)](
-        logits_NV, targets_N, nll_N, logits_NV.stride(0), vocab, cap, wants_gradient, block, num_warps=8
+    N, V = logits_NV.shape
+    nll_N = torch.empty(N, device=logits_NV.device, dtype=torch.float32)
+    block = min(BLOCK, triton.next_power_of_2(V))
+    _kernel[(N,)](
+        logits_NV, targets_N, nll_N, logits_NV.stride(0), V, softcap, wants_gradient, block, num_warps=8
     )
     return nll_N
 
@@ -78,10 +78,14 @@ if triton is not None:
         row = tl.program_id(0).to(tl.int64)
         logits += row * stride
         y = tl.load(targets + row)
+
+        # A wrong target is not read; it shows in the loss as NaN.
         is_known = (y >= 0) & (y < vocab)
-        no_loss = tl.where(y == -1, 0.0, float("nan"))  # a wrong target is not read, and shows in the loss
+        no_loss = tl.where(y == -1, 0.0, float("nan"))
         own = tl.load(logits + y, mask=is_known, other=0.0).to(tl.float32)
         own_s = 1.0 / (1.0 + tl.exp(own * (-2.0 / CAP)))
+
+        # First pass: the sum of exp(2 cap s), without the factor e^cap, which cancels.
         lanes = tl.arange(0, BLOCK)
         sums = tl.zeros((BLOCK,), dtype=tl.float32)
         for start in range(0, vocab, BLOCK):
@@ -92,6 +96,8 @@ if triton is not None:
         total = tl.sum(sums, axis=0)
         loss = tl.log(total) - 2.0 * CAP * (own_s - 0.5)
         tl.store(nll + row, tl.where(is_known, loss, no_loss))
+
+        # Second pass: (softmax - onehot) times the derivative of the capped logit.
         if WANTS:
             for start in range(0, vocab, BLOCK):
                 at = start + lanes

@@ -25,7 +25,7 @@ pytestmark = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_loss_equals_the_plain_softmax(dtype, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    if (reason := triton_loss.why_not(torch.device("cuda", 0), dtype)) is not None:
+    if (reason := triton_loss.unsupported_reason(torch.device("cuda", 0), dtype)) is not None:
         pytest.fail(reason)
     gen = torch.Generator().manual_seed(0)
     h = torch.randn(999, 64, generator=gen).to("cuda", dtype)
@@ -47,7 +47,7 @@ def test_the_loss_equals_the_plain_softmax(dtype, monkeypatch):
 
 def test_fp8_products_equal_their_emulation():
     device = torch.device("cuda", 0)
-    if (reason := fp8.why_not(device)) is not None:
+    if (reason := fp8.unsupported_reason(device)) is not None:
         pytest.skip(reason)
     gen = torch.Generator().manual_seed(0)
     layers = [Linear(256, 384), Linear(256, 384)]
@@ -69,7 +69,7 @@ def test_fp8_products_equal_their_emulation():
 
 @pytest.mark.parametrize("how", ["", "checkpoint", "compile", "compile,fp8"])
 def test_ways_of_training_agree(how):
-    if "fp8" in how and (reason := fp8.why_not(torch.device("cuda", 0))) is not None:
+    if "fp8" in how and (reason := fp8.unsupported_reason(torch.device("cuda", 0))) is not None:
         pytest.skip(reason)
     rt = Runtime(torch.device("cuda", 0), torch.bfloat16)
     config = GPTConfig(sequence_len=256, vocab_size=512, n_layer=4, n_head=2, n_kv_head=2, n_embd=256)
