@@ -103,7 +103,8 @@ def accuracies(facts: Facts) -> Chart | None:
         mean = chat.get("chatcore")
         if mean is not None and len(tasks) > 1:
             tasks["ChatCORE"] = {"accuracy": mean, "low": mean, "high": mean, "chance": 0}
-        found[stage] = tasks
+        if tasks:
+            found[stage] = tasks
     names = list(dict.fromkeys(name for tasks in found.values() for name in tasks))
     names.sort(key=lambda name: name == "ChatCORE")
     series = [accuracy_bars(stage, tasks, names, COLOURS[stage]) for stage, tasks in found.items()]

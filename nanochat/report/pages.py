@@ -212,8 +212,9 @@ def text_columns(table: Table) -> list[Markup]:
     """The attribute of each column's cells: columns of texts are aligned to the left, as the first one is."""
     marks = []
     for column in range(len(table[0])):
-        has_digits = any(char.isdigit() for row in table[1:] for char in row[column])
-        marks.append(Markup("" if has_digits or column == 0 else " class=t"))
+        cells = [row[column] for row in table[1:]]
+        is_numeric = any(char.isdigit() for cell in cells for char in cell) or set(cells) == {tables.DASH}
+        marks.append(Markup("" if is_numeric or column == 0 else " class=t"))
     return marks
 
 
