@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import asdict, dataclass
+from typing import Any
 
 VOCAB_MULTIPLE = 64  # rows of the tables; matrix products are faster with such sizes
+
+
+def experiment(default: Any) -> Any:
+    """A field that the fused kernels do not know: at another value than the default gpt.py's lines run."""
+    return dataclasses.field(default=default, metadata={"is_experiment": True})
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,12 @@ class GPTConfig:
             raise ValueError(f"n_kv_head must divide n_head, found {self.n_kv_head} and {self.n_head}")
         if not self.window_pattern or set(self.window_pattern.upper()) - set("SL"):
             raise ValueError(f"window_pattern must be made of S and L, found {self.window_pattern!r}")
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether the fused kernels compute this model: every field marked `experiment` is at its default."""
+        fields = [field for field in dataclasses.fields(self) if field.metadata.get("is_experiment")]
+        return all(getattr(self, field.name) == field.default for field in fields)
 
     @property
     def head_dim(self) -> int:

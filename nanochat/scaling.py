@@ -6,7 +6,7 @@ The rules, fitted at d12: batch ~ horizon^0.383, decay ~ sqrt(batch) / horizon, 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from nanochat.gpt_config import GPTConfig
@@ -45,7 +45,7 @@ class Plan:
     device_batch: int
     accum: int
     world_size: int
-    bigram_rows: int = 0
+    model: dict[str, Any] = field(default_factory=dict)  # further fields of GPTConfig
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,7 +65,7 @@ class Plan:
             n_kv_head=self.num_kv_heads,
             n_embd=self.model_dim,
             window_pattern=self.window_pattern,
-            bigram_rows=self.bigram_rows,
+            **self.model,
         )
 
 
@@ -95,17 +95,16 @@ def plan(
     batch_tokens: int | None = None,
     device_batch: int = 32,
     world_size: int = 1,
-    bigram_rows: int = 0,
+    **model: Any,
 ) -> Plan:
     """The plan of a base run. Horizon: num_steps * batch if given, else target_flops / F, else ratio * N.
 
+    model: further fields of GPTConfig, such as bigram_rows.
     Raises ValueError for sizes that cannot be, and for a batch that ranks * device_batch * T does not divide.
     """
     for name, value in list(locals().items()):
-        if isinstance(value, (int, float)) and not 0 < value < math.inf and name != "bigram_rows":
+        if isinstance(value, (int, float)) and not 0 < value < math.inf:
             raise ValueError(f"{name} must be above 0, found {value}")
-    if bigram_rows < 0:
-        raise ValueError(f"bigram_rows must be at least 0, found {bigram_rows}")
     if head_dim % 2:
         raise ValueError(f"head_dim must be even, found {head_dim}")
     width, heads = shape(depth, aspect, head_dim)
@@ -113,9 +112,7 @@ def plan(
     if heads % kv_heads:
         fits = ", ".join(str(k) for k in range(1, heads + 1) if heads % k == 0)
         raise ValueError(f"num_kv_heads must divide the {heads} heads, found {kv_heads}; these do: {fits}")
-    config = GPTConfig(
-        sequence_len, vocab_size, depth, heads, kv_heads, width, window_pattern, bigram_rows=bigram_rows
-    )
+    config = GPTConfig(sequence_len, vocab_size, depth, heads, kv_heads, width, window_pattern, **model)
     counts = config.count_params()
     flops = config.flops_per_token()
     ref_horizon = ratio * REF_PARAMS
@@ -158,7 +155,7 @@ def plan(
         device_batch=device_batch,
         accum=batch // step_rows_tokens,
         world_size=world_size,
-        bigram_rows=bigram_rows,
+        model=model,
     )
 
 

@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         ("heads", f"{p.num_heads} ({p.num_kv_heads} key/value)", f"of {p.head_dim} channels"),
         ("row", p.sequence_len, "tokens"),
         ("vocabulary", p.vocab_size, "tokens"),
-        ("pairs", p.bigram_rows, "rows of the hashed table of token pairs"),
+        ("pairs", p.config.bigram_rows, "rows of the hashed table of token pairs"),
         (
             "parameters",
             f"{p.params_total:,}",

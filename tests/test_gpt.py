@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
@@ -11,8 +11,12 @@ import torch.nn.functional as F
 
 from nanochat import scaling
 from nanochat.context import row_context
-from nanochat.gpt import GPT, GPTConfig, rope_tables, softcap
+from nanochat.engine.inference import InferenceGPT
+from nanochat.gpt import GPT, Block, GPTConfig, rope_tables, softcap
+from nanochat.gpt_config import experiment
+from nanochat.kernels import decode
 from nanochat.kernels import elementwise as fused
+from nanochat.kernels.layer import fused_block
 from nanochat.kernels.loss import weighted_nll
 
 CONFIG = GPTConfig(
@@ -152,6 +156,31 @@ def test_init_is_the_same_from_meta_and_leaves_the_first_loss_uniform() -> None:
         assert torch.equal(p, q), name
     loss = net(ids(2, 32), ids(2, 32, seed=1))
     assert loss.item() == pytest.approx(math.log(CONFIG.vocab_size), abs=0.02)
+
+
+def test_an_experiment_is_computed_by_the_plain_lines(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A field that the kernels do not know switches them off, in training and in the engine's steps."""
+
+    @dataclass(frozen=True)
+    class Experiment(GPTConfig):
+        novelty: float = experiment(0.0)
+
+    plain, novel = (Experiment(**asdict(CONFIG), novelty=value) for value in (0.0, 0.5))
+    assert plain.has_kernels and not novel.has_kernels and CONFIG.has_kernels
+    seen = []
+    monkeypatch.setattr(
+        Block, "forward", lambda self, x, *rest: seen.append(fused_block(self, x, *rest)) or x
+    )
+    for config in (plain, novel):
+        net = GPT(config)
+        net.init_weights(1)
+        net.hidden(ids(1, 8))
+        assert decode.supports(InferenceGPT(net, torch.float32)) == (config is plain and has_compiler())
+    assert [fused is None for fused in seen] == [False] * 3 + [True] * 3
+
+
+def has_compiler() -> bool:
+    return decode.library() is not None
 
 
 # ---------------------------------------------------------------- identities

@@ -185,7 +185,7 @@ class StaticSteps:
 
     def _attend(self, positions_B: Tensor, tables_GBW: Tensor) -> Any:
         K, size, dtype = self.num_kv_heads, self.cache.block_size, self.cache.dtype
-        tier = pick(fa._override_impl, self.device, dtype)
+        backend = pick(fa._override_impl, self.device, dtype)
 
         def attend(layer: int, q_BHE: Tensor, kv_B2KE: Tensor) -> Tensor:
             group, i = self.place[layer]
@@ -195,7 +195,7 @@ class StaticSteps:
             cache = Cache(keys, values, positions_B, None, tables_GBW[group])
             cache = cache.append(kv[:, :, :K], kv[:, :, K:])
             left = None if self.windows[group] < 0 else self.windows[group]
-            y_B1HE = tier.attend_cache(q_BHE.to(dtype).unsqueeze(1), cache, left, 0)
+            y_B1HE = backend.attend_cache(q_BHE.to(dtype).unsqueeze(1), cache, left, 0)
             y_BHE: Tensor = y_B1HE.squeeze(1).to(q_BHE.dtype)
             return y_BHE
 

@@ -1,4 +1,4 @@
-"""The KV cache as every tier sees it: append new keys and values in place, read rows back, check the room.
+"""The KV cache as every backend sees it: append new keys and values in place, read rows back, check the room.
 
 A cache is (B, T_max, K, E), or paged: (num_pages, page_size, K, E) with page_table (B, max_pages): position p
 of row b lies in page page_table[b, p // page_size] at p % page_size (PagedAttention, Kwon et al. 2023).

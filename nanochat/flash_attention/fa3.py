@@ -1,7 +1,7 @@
 """FlashAttention-3 (Hopper, sm_90): a binary from the kernel hub, taken only from a recorded revision and
 content hash.
 
-No pin is known to this repository yet, so the tier refuses until somebody records one on a machine that
+No pin is known to this repository yet, so the backend refuses until somebody records one on a machine that
 reaches the hub:
 
     python -m nanochat.flash_attention.fa3 REVISION      # 40 hex digits of a commit
@@ -36,8 +36,8 @@ PIN = Path(__file__).with_name("fa3.json")
 COMMAND = "python -m nanochat.flash_attention.fa3 REVISION"
 
 
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why this tier cannot run, or None."""
+def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot run, or None."""
     if dtype not in (torch.bfloat16, torch.float16):
         return "it computes in bf16 and fp16 only"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):

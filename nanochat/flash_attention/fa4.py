@@ -1,6 +1,6 @@
 """FlashAttention-4 (CuTe DSL, compiled at first use): Hopper and Blackwell, from the package flash-attn-4.
 
-The package has pre-releases only, so this tier takes the one it was written for and refuses others by
+The package has pre-releases only, so this backend takes the one it was written for and refuses others by
 name. Training
 and prefill run here; packed documents, head sizes that the kernel lacks and decoding go to sdpa.
 
@@ -26,8 +26,8 @@ HEAD_SIZES = (64, 96, 128)
 attend_cache = sdpa.attend_cache
 
 
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why this tier cannot run, or None."""
+def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot run, or None."""
     if dtype not in (torch.bfloat16, torch.float16):
         return "it computes in bf16 and fp16 only"
     if device.type == "cuda":

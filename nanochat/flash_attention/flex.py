@@ -1,4 +1,4 @@
-"""The tier for any CUDA GPU with Triton: torch's FlexAttention, compiled, which skips blocks outside a
+"""The backend for any CUDA GPU with Triton: torch's FlexAttention, compiled, which skips blocks outside a
 window.
 
 Windows and packed documents are block masks: of a row of 2,048 queries with a window of 512 it computes
@@ -25,8 +25,8 @@ MASKS = 8  # block masks of documents kept: every layer of a step asks for the s
 attend_cache = sdpa.attend_cache
 
 
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why this tier cannot run, or None."""
+def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot run, or None."""
     if dtype == torch.float64:
         return "FlexAttention has no fp64"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):

@@ -21,7 +21,7 @@ from nanochat.flash_attention.cache import Cache
 from nanochat.flash_attention.intervals import Docs, Limit, intervals, keep
 
 BLOCK = 64
-MAX_NAIVE = 1024 * 1024  # scores per head up to which the tier takes the naive path, then the tiled one
+MAX_NAIVE = 1024 * 1024  # scores per head up to which the backend takes the naive path, then the tiled one
 
 
 class Naive(torch.autograd.Function):
@@ -97,15 +97,15 @@ class Tiled(torch.autograd.Function):
 naive, tiled = Naive.apply, Tiled.apply  # q_BHTE, k_BHSE, v_BHSE, low_BT, high_BT (, block)
 
 
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why this tier cannot run, or None: it runs wherever torch does."""
+def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot run, or None: it runs wherever torch does."""
     return None
 
 
 def attend(
     q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, left: Limit, right: Limit, doc_start_BT: Docs = None
 ) -> Tensor:
-    """The tier's training call, (B, T, H, E): fp64 stays fp64, everything else is computed in fp32."""
+    """The backend's training call, (B, T, H, E): fp64 stays fp64, everything else is computed in fp32."""
     lengths_B = torch.full((len(q_BTHE),), k_BSKE.shape[1], device=q_BTHE.device)
     return _attend(q_BTHE, k_BSKE, v_BSKE, *intervals(q_BTHE.shape[1], lengths_B, left, right, doc_start_BT))
 

@@ -1,4 +1,4 @@
-"""The tier that runs everywhere: torch's scaled_dot_product_attention on CPU, CUDA and MPS.
+"""The backend that runs everywhere: torch's scaled_dot_product_attention on CPU, CUDA and MPS.
 
 Full causal attention is one fused call without a mask. A window is cut into chunks of queries, each against
 the keys that it can see, so that it costs O(T * (chunk + left)) in time and memory and no T x T mask exists.
@@ -26,8 +26,8 @@ CHUNK = 192  # queries; torch's CPU kernel takes 64 at a time from 192 on, fewer
 MIN_DOCUMENT = 8  # mean tokens from which a call per document is cheaper than masks (CPU, measured)
 
 
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why this tier cannot run, or None: it runs wherever torch does."""
+def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot run, or None: it runs wherever torch does."""
     return None
 
 

@@ -141,6 +141,8 @@ def supports(model: Any) -> bool:
     """Whether decode.c can run this model: an InferenceGPT on a CPU with a compiler, tables of one dtype."""
     if library() is None or not hasattr(model, "blocks") or model.get_device().type != "cpu":
         return False
+    if not model.config.has_kernels:
+        return False
     tables = [model.wte.weight, *(table.weight for table in model.value_embeds.values())]
     has_one_dtype = {table.dtype for table in tables} in ({torch.float32}, {torch.bfloat16})
     if not has_one_dtype or any(not table.is_contiguous() for table in tables):

@@ -31,8 +31,11 @@ def fused_block(
     value_embed_BTC: Tensor | None,
     context: LayerContext,
 ) -> Tensor | None:
-    """gpt.Block.forward in eager mode; None under torch.compile, which fuses the plain lines itself."""
-    if torch.compiler.is_compiling():
+    """gpt.Block.forward in eager mode; None where gpt.py's lines must run.
+
+    That is under torch.compile, which fuses them itself, and in an experiment (GPTConfig.has_kernels).
+    """
+    if torch.compiler.is_compiling() or not block.attn.config.has_kernels:
         return None
     attn, mlp = block.attn, block.mlp
     B, T, D = x_BTD.shape

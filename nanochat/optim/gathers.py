@@ -4,7 +4,7 @@
 
 After `update()` the new weights are on their way, in order of use. stages() says who uses what; a pre-hook of
 each module ends the transfers that it needs, and state_dict() ends all. Whoever reads weights otherwise calls
-optimizer.finish() first. Left out: compiled layers, whose graphs a hook would break; `why_not` says so.
+optimizer.finish() first. Compiled layers are not supported: a hook would break their graphs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from nanochat.optim.sharded import MuonAdamW, Unit
 
 
-def why_not(model: Any) -> str | None:
+def unsupported_reason(model: Any) -> str | None:
     """Why gathers of this model cannot wait, or None."""
     is_compiled = any(getattr(block, "_compiled_call_impl", None) is not None for block in model.blocks)
     return "a wait inside a compiled layer would break its graph" if is_compiled else None

@@ -178,7 +178,7 @@ def overlapped_gathers(model: Any, optimizer: Any, rt: Runtime) -> Iterator[None
     if rt.world_size == 1 or not getattr(model, "overlaps_gathers", False):
         yield
         return
-    reason = gathers.why_not(model)
+    reason = gathers.unsupported_reason(model)
     if reason is not None:
         rt.say(f"speed: weights are gathered before the next step, because {reason}")
         yield

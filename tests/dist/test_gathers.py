@@ -96,9 +96,9 @@ def test_nothing_changes_but_the_time_of_the_wait(root, size):
 
 def test_compiled_layers_and_unknown_parameters_are_refused():
     model = GPT(CONFIG)
-    assert gathers.why_not(model) is None
+    assert gathers.unsupported_reason(model) is None
     model.blocks[0].compile()
-    assert "graph" in str(gathers.why_not(model))
+    assert "graph" in str(gathers.unsupported_reason(model))
     model.blocks[0].attn.c_q = torch.nn.Linear(32, 32, bias=False)
     named = {id(p) for _, params in gathers.stages(model) for p in params}
     missing = {name for name, p in model.named_parameters() if id(p) not in named}

@@ -1,4 +1,4 @@
-"""nanochat.flash_attention on a CPU: every tier against plain attention in fp64, and what always holds."""
+"""nanochat.flash_attention on a CPU: every backend against plain attention in fp64, and what always holds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from nanochat.flash_attention import flash_attn, reference, sdpa, select
 from nanochat.flash_attention.intervals import intervals
 
 CPU = torch.device("cpu")
-HERE = [name for name in select.TIERS if select.verdict(name, CPU, torch.float32) is None]
+HERE = [name for name in select.BACKENDS if select.verdict(name, CPU, torch.float32) is None]
 
 
 @pytest.fixture(autouse=True)
@@ -53,19 +53,19 @@ def starts_of(lengths, time):
 
 @pytest.mark.parametrize("heads", HEADS, ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("tier", HERE)
-def test_training_matrix(tier, dtype, heads):
+@pytest.mark.parametrize("backend", HERE)
+def test_training_matrix(backend, dtype, heads):
     for left in WINDOWS:
-        check_training(tier, CPU, dtype, heads, left, rows=1)
+        check_training(backend, CPU, dtype, heads, left, rows=1)
 
 
 @pytest.mark.parametrize("time", [1, 2, 33, 400])
-@pytest.mark.parametrize("tier", HERE)
-def test_lengths_sizes_and_chunk_borders(tier, time):
+@pytest.mark.parametrize("backend", HERE)
+def test_lengths_sizes_and_chunk_borders(backend, time):
     for left in (None, 0, 31, 191, 192, 200):
-        check_training(tier, CPU, torch.float32, (2, 1), left, time=time, rows=1)
+        check_training(backend, CPU, torch.float32, (2, 1), left, time=time, rows=1)
     for size in (16, 64, 128):
-        check_training(tier, CPU, torch.float32, (2, 1), 31, time=33, size=size)
+        check_training(backend, CPU, torch.float32, (2, 1), 31, time=33, size=size)
 
 
 def test_sdpa_in_double_and_half():
@@ -76,23 +76,23 @@ def test_sdpa_in_double_and_half():
 
 @pytest.mark.parametrize("is_paged", [False, True], ids=["flat", "paged"])
 @pytest.mark.parametrize("story", CACHE_STORIES)
-@pytest.mark.parametrize("tier", HERE)
-def test_cache_matrix(tier, story, is_paged):
+@pytest.mark.parametrize("backend", HERE)
+def test_cache_matrix(backend, story, is_paged):
     for dtype in (torch.float32, torch.bfloat16):
         for heads in HEADS:
             for left in (None, 0, 1, 31, 100):
-                check_cache(tier, CPU, dtype, heads, left, CACHE_STORIES[story], is_paged=is_paged)
+                check_cache(backend, CPU, dtype, heads, left, CACHE_STORIES[story], is_paged=is_paged)
 
 
-@pytest.mark.parametrize("tier", HERE)
+@pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("left", [None, 0, 5, 40])
-def test_packed_documents(tier, left, monkeypatch):
+def test_packed_documents(backend, left, monkeypatch):
     monkeypatch.setattr(sdpa, "CHUNK", 16)
     packed = torch.cat([starts_of([20, 1, 9, 30], 70), starts_of([70], 70)])
     tiny = starts_of([1] * 69, 70).expand(2, -1)  # too fine for a call per document
     odd = (torch.arange(70, dtype=torch.int32) // 3).expand(2, -1)  # not a cut into documents at all
     for doc_start in (packed, tiny, odd):
-        check_training(tier, CPU, torch.float32, (4, 2), left, time=70, doc_start=doc_start)
+        check_training(backend, CPU, torch.float32, (4, 2), left, time=70, doc_start=doc_start)
 
 
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 3), (4, 2), (0, 5), (4, -1)])
@@ -100,8 +100,8 @@ def test_both_sides(window, monkeypatch):
     monkeypatch.setattr(sdpa, "CHUNK", 16)
     q, k, v, _ = inputs(2, 53, 2, 1, 16)
     left, right = (None if n < 0 else n for n in window)
-    for tier in HERE:
-        fa._override_impl = tier
+    for backend in HERE:
+        fa._override_impl = backend
         y = flash_attn.flash_attn_func(q, k, v, window_size=window)
         assert torch.allclose(y, plain(q, k, v, visible(53, 53, left, right)), atol=1e-12)
 
@@ -221,12 +221,12 @@ def test_no_T_by_T_tensor_on_any_path_that_trains():
 # ---------------------------------------------------------------------------------------------- properties
 
 
-@pytest.mark.parametrize("tier", HERE)
+@pytest.mark.parametrize("backend", HERE)
 @given(time=st.integers(2, 300), left=st.none() | st.integers(0, 300), data=st.data())
 @settings(max_examples=15)
-def test_no_position_sees_its_future_or_past_its_window(tier, time, left, data):
+def test_no_position_sees_its_future_or_past_its_window(backend, time, left, data):
     q, k, v, _ = inputs(1, time, 2, 1, 16, torch.float32)
-    fa._override_impl = tier
+    fa._override_impl = backend
     window = (-1 if left is None else left, 0)
     before = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=window)
     changed = data.draw(st.integers(0, time - 1), label="changed key")
@@ -311,7 +311,7 @@ def test_packed_documents_are_the_documents_alone(lengths, left):
         assert torch.allclose(packed[:, mine], alone, atol=1e-6)
 
 
-# ----------------------------------------------------------------------------------------- choosing a tier
+# ----------------------------------------------------------------------------------------- choosing a backend
 
 
 @pytest.fixture
@@ -340,9 +340,9 @@ def test_override_is_read_at_call_time_and_refused_with_a_reason(monkeypatch):
     monkeypatch.setattr(reference, "attend", lambda *args: calls.append(args))
     flash_attn.flash_attn_func(q, k, v)
     assert len(calls) == 1
-    for tier in ("fa3", "fa4", "flex"):
-        fa._override_impl = tier
-        with pytest.raises(UserError, match=f"'{tier}' cannot run on cpu, float32: needs a CUDA GPU"):
+    for backend in ("fa3", "fa4", "flex"):
+        fa._override_impl = backend
+        with pytest.raises(UserError, match=f"'{backend}' cannot run on cpu, float32: needs a CUDA GPU"):
             flash_attn.flash_attn_func(q, k, v)
     fa._override_impl = "turbo"
     with pytest.raises(UserError, match="no attention kernel 'turbo'"):
@@ -366,7 +366,7 @@ def test_override_is_read_at_call_time_and_refused_with_a_reason(monkeypatch):
     ids=["works", "declines", "ignores windows", "nan", "raises"],
 )
 def test_a_tier_is_taken_only_if_it_agrees_with_the_reference(attend, why, reason, monkeypatch):
-    kernel = SimpleNamespace(attend=attend, why_not=lambda device, dtype: why)
+    kernel = SimpleNamespace(attend=attend, unsupported_reason=lambda device, dtype: why)
     monkeypatch.setitem(sys.modules, "nanochat.flash_attention.flex", kernel)
     monkeypatch.setattr(select, "NEEDS_CUDA", ("fa3", "fa4"))
     verdict = select.verdict("flex", CPU, torch.float32)

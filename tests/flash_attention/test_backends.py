@@ -1,4 +1,4 @@
-"""The GPU tiers' logic that needs no GPU: flex's block masks, fa3's pin, the reasons for refusing; kernels
+"""The GPU backends' logic that needs no GPU: flex's block masks, fa3's pin, the reasons for refusing; kernels
 stand-ins."""
 
 from __future__ import annotations
@@ -77,12 +77,14 @@ def test_flex_attends_with_a_stand_in_for_the_compiled_kernel(monkeypatch):
 
 
 def test_fa4_says_what_is_missing(monkeypatch):
-    assert "not installed" in fa4.why_not(CPU, torch.bfloat16)
-    assert "bf16" in fa4.why_not(CPU, torch.float32)
+    assert "not installed" in fa4.unsupported_reason(CPU, torch.bfloat16)
+    assert "bf16" in fa4.unsupported_reason(CPU, torch.float32)
     monkeypatch.setattr(fa4.metadata, "version", lambda name: "4.0.0b1")
-    assert "4.0.0b1" in fa4.why_not(CPU, torch.bfloat16) and fa4.VERSION in fa4.why_not(CPU, torch.bfloat16)
+    assert "4.0.0b1" in fa4.unsupported_reason(CPU, torch.bfloat16) and fa4.VERSION in fa4.unsupported_reason(
+        CPU, torch.bfloat16
+    )
     monkeypatch.setattr(fa4.metadata, "version", lambda name: fa4.VERSION)
-    assert fa4.why_not(CPU, torch.bfloat16) is None
+    assert fa4.unsupported_reason(CPU, torch.bfloat16) is None
 
 
 def test_fa4_arguments(monkeypatch):
@@ -124,18 +126,18 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_fa3_runs_only_what_is_pinned(hub):
-    reason = fa3.why_not(CPU, torch.bfloat16)
+    reason = fa3.unsupported_reason(CPU, torch.bfloat16)
     assert "no revision is pinned" in reason and fa3.COMMAND in reason
     with pytest.raises(UserError, match="40 hex digits"):
         fa3.record("main")
     fa3.record("a" * 40)
     assert json.loads(fa3.PIN.read_text())["revision"] == "a" * 40
-    assert fa3.why_not(CPU, torch.bfloat16) is None
+    assert fa3.unsupported_reason(CPU, torch.bfloat16) is None
     q = torch.zeros(1, 8, 2, 64)
     assert fa3.attend(q, q, q, 5, 0) is q and hub.seen[-1] == {"causal": True, "window_size": (5, 0)}
     fa3.kernel.cache_clear()
     (hub.folder / "build" / "attention.so").write_bytes(b"other code")
-    assert "the pin says" in fa3.why_not(CPU, torch.bfloat16)
+    assert "the pin says" in fa3.unsupported_reason(CPU, torch.bfloat16)
 
 
 def test_fa3_digest_knows_names_and_bytes(hub):

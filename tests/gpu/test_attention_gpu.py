@@ -22,34 +22,34 @@ def _no_override(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
-def gpu_for(tier, dtype):
+def gpu_for(backend, dtype):
     device = torch.device("cuda", 0)
-    if (reason := select.verdict(tier, device, dtype)) is not None:
-        pytest.skip(f"{tier} in {dtype}: {reason}")
+    if (reason := select.verdict(backend, device, dtype)) is not None:
+        pytest.skip(f"{backend} in {dtype}: {reason}")
     return device
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
-@pytest.mark.parametrize("tier", select.TIERS)
-def test_training_matrix(tier, dtype, heads):
-    device = gpu_for(tier, dtype)
+@pytest.mark.parametrize("backend", select.BACKENDS)
+def test_training_matrix(backend, dtype, heads):
+    device = gpu_for(backend, dtype)
     for left in WINDOWS:
         for time, size in ((1, 64), (141, 64), (300, 128)):
-            check_training(tier, device, dtype, heads, left, time=time, size=size)
+            check_training(backend, device, dtype, heads, left, time=time, size=size)
     doc_start = torch.tensor([0] * 20 + [20] * 50, dtype=torch.int32).expand(2, -1).contiguous()
-    check_training(tier, device, dtype, heads, None, time=70, size=64, doc_start=doc_start)
+    check_training(backend, device, dtype, heads, None, time=70, size=64, doc_start=doc_start)
 
 
 @pytest.mark.parametrize("is_paged", [False, True], ids=["flat", "paged"])
 @pytest.mark.parametrize("story", CACHE_STORIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
-@pytest.mark.parametrize("tier", select.TIERS)
-def test_cache_matrix(tier, dtype, story, is_paged):
-    device = gpu_for(tier, dtype)
+@pytest.mark.parametrize("backend", select.BACKENDS)
+def test_cache_matrix(backend, dtype, story, is_paged):
+    device = gpu_for(backend, dtype)
     for heads in HEADS:
         for left in (None, 0, 31):
-            check_cache(tier, device, dtype, heads, left, CACHE_STORIES[story], is_paged=is_paged, size=64)
+            check_cache(backend, device, dtype, heads, left, CACHE_STORIES[story], is_paged=is_paged, size=64)
 
 
 def test_the_choice_has_a_reason():
@@ -57,7 +57,7 @@ def test_the_choice_has_a_reason():
     chosen = select.pick(None, device, torch.bfloat16).__name__.rpartition(".")[2]
     line = fa.explain(device, torch.bfloat16)
     assert line.startswith(f"attention: {chosen} on cuda:0, bfloat16")
-    assert all(f"{name}: " in line for name in select.TIERS[: select.TIERS.index(chosen)])
+    assert all(f"{name}: " in line for name in select.BACKENDS[: select.BACKENDS.index(chosen)])
     assert fa.HAS_FA3 is (select.verdict("fa3", device, torch.bfloat16) is None)
 
 

@@ -1,6 +1,6 @@
 """The cases that every attention kernel must pass, on any device; test_attention.py and tests/gpu run them.
 
-Each compares a tier, through the public interface, with `plain`: a softmax over an explicit mask in fp64.
+Each compares a backend, through the public interface, with `plain`: a softmax over an explicit mask in fp64.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def assert_close(ours, oracle, dtype, what):
     assert worst <= TOLERANCE[dtype], f"{what}: off by {worst:.1e}, allowed {TOLERANCE[dtype]:.0e}"
 
 
-def check_training(tier, device, dtype, heads, left, *, time=141, size=16, doc_start=None, rows=2):
+def check_training(backend, device, dtype, heads, left, *, time=141, size=16, doc_start=None, rows=2):
     """Outputs and all gradients of flash_attn_func."""
     *qkv, dy = inputs(rows, time, *heads, size, dtype, device)
     ours = [x.requires_grad_() for x in qkv]
     exact = [x.detach().double().cpu().requires_grad_() for x in qkv]
-    fa._override_impl = tier
+    fa._override_impl = backend
     window = (-1 if left is None else left, 0)
     docs = None if doc_start is None else doc_start.to(device)
     y = flash_attn.flash_attn_func(*ours, causal=True, window_size=window, doc_start=docs)
@@ -63,10 +63,10 @@ def check_training(tier, device, dtype, heads, left, *, time=141, size=16, doc_s
     grads = torch.autograd.grad(y, ours, dy)
     oracle_grads = torch.autograd.grad(oracle, exact, dy.double().cpu())
     for name, a, b in zip(("y", "dq", "dk", "dv"), (y, *grads), (oracle.detach(), *oracle_grads)):
-        assert_close(a, b, dtype, f"{name} of {tier} {dtype} {heads} left={left} T={time}")
+        assert_close(a, b, dtype, f"{name} of {backend} {dtype} {heads} left={left} T={time}")
 
 
-def check_cache(tier, device, dtype, heads, left, steps, *, is_paged=False, size=16, capacity=48):
+def check_cache(backend, device, dtype, heads, left, steps, *, is_paged=False, size=16, capacity=48):
     """Feed a cache; `steps` lists, per call, how many positions each row has before it and how many come.
 
     A row may go back (its later keys are then overwritten). Every output equals the full forward's.
@@ -81,7 +81,7 @@ def check_cache(tier, device, dtype, heads, left, steps, *, is_paged=False, size
         shape = (len(table), page)
         table = table[: rows * capacity // page].view(rows, -1).to(device, torch.int32)
     k_cache, v_cache = (torch.zeros(*shape, heads[1], size, dtype=dtype, device=device) for _ in range(2))
-    fa._override_impl = tier
+    fa._override_impl = backend
     window = (-1 if left is None else left, 0)
     for starts, num_new in steps:
         index = torch.tensor(starts)[:, None] + torch.arange(num_new)
@@ -93,7 +93,7 @@ def check_cache(tier, device, dtype, heads, left, steps, *, is_paged=False, size
             window_size=window,
             page_table=table,
         )
-        what = f"{tier} {dtype} {heads} left={left} starts={starts} new={num_new} paged={is_paged}"
+        what = f"{backend} {dtype} {heads} left={left} starts={starts} new={num_new} paged={is_paged}"
         assert_close(y, oracle[pick], dtype, what)
 
 
