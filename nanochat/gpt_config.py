@@ -48,8 +48,10 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         sizes = (self.sequence_len, self.vocab_size, self.n_layer, self.n_head, self.n_kv_head)
-        if min(sizes) < 1 or self.bigram_rows < 0:
+        if min(sizes) < 1:
             raise ValueError(f"every size of a model must be at least 1, found {asdict(self)}")
+        if self.bigram_rows < 0:
+            raise ValueError(f"bigram_rows must be at least 0, found {self.bigram_rows}")
         if self.n_embd % self.n_head or self.head_dim % 2:
             found = f"{self.n_embd} and {self.n_head}"
             raise ValueError(f"n_embd must be an even multiple of n_head, found {found}")

@@ -49,7 +49,7 @@ def test_a_fresh_table_changes_nothing_and_none_has_no_parameter() -> None:
     ids = torch.randint(0, 300, (2, 9), generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(plain(ids), with_table(ids), rtol=0, atol=0)
     assert plain.bigram_embeds is None and not any("bigram" in name for name, _ in plain.named_parameters())
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="bigram_rows must be at least 0"):
         GPTConfig(bigram_rows=-1)
 
 
