@@ -5,14 +5,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanochat.optim import adamw, muon
+from nanochat.optim import muon
 
 
-def prepared(group: dict[str, Any], index: int) -> dict[str, Any]:
-    """The group with defaults, named parameters and initial values; ValueError when it cannot work."""
-    defaults = {"muon": muon.DEFAULTS, "adamw": adamw.DEFAULTS}.get(group.get("kind", ""))
+def prepared(group: dict[str, Any], index: int, kinds: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The group with its defaults, named parameters and initial values; ValueError when it cannot work.
+
+    kinds: the defaults of each kind of group.
+    """
+    defaults = kinds.get(group.get("kind", ""))
     if defaults is None:
-        raise ValueError(f'group {index}: kind must be "muon" or "adamw", got {group.get("kind")!r}')
+        names = " or ".join(f'"{kind}"' for kind in kinds)
+        raise ValueError(f"group {index}: kind must be {names}, got {group.get('kind')!r}")
     if "lr" not in group:
         raise ValueError(f"group {index}: lr is missing")
     given = [group["params"]] if isinstance(group["params"], torch.Tensor) else list(group["params"])

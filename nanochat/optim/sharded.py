@@ -19,6 +19,8 @@ import torch.distributed as dist
 from nanochat.optim import adamw, muon
 from nanochat.optim.prepare import parse, prepared
 
+KINDS = {"muon": muon.DEFAULTS, "adamw": adamw.DEFAULTS}  # of parameter groups
+
 Named = list[tuple[str, torch.Tensor]]
 PARTS = 4  # of a stack of matrices, over the backward pass
 REPLICATED_BELOW = 1024  # elements; smaller AdamW tensors are all-reduced and updated on every rank
@@ -277,7 +279,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if hasattr(self, "units"):
             raise ValueError("give MuonAdamW all groups at once; its state is laid out when it is made")
-        self.param_groups.append(prepared(param_group, len(self.param_groups)))
+        self.param_groups.append(prepared(param_group, len(self.param_groups), KINDS))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for p in (p for unit in self.units for p in unit.params):
