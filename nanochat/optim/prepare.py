@@ -15,8 +15,8 @@ def prepared(group: dict[str, Any], index: int, kinds: dict[str, dict[str, Any]]
     """
     defaults = kinds.get(group.get("kind", ""))
     if defaults is None:
-        names = " or ".join(f'"{kind}"' for kind in kinds)
-        raise ValueError(f"group {index}: kind must be {names}, got {group.get('kind')!r}")
+        known = " or ".join(f'"{kind}"' for kind in kinds)
+        raise ValueError(f"group {index}: kind must be {known}, got {group.get('kind')!r}")
     if "lr" not in group:
         raise ValueError(f"group {index}: lr is missing")
     given = [group["params"]] if isinstance(group["params"], torch.Tensor) else list(group["params"])
