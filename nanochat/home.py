@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.errors import UserError
+from nanochat.storage import replace_file
 
 
 @dataclass(frozen=True)
@@ -73,18 +73,11 @@ class Home:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` at once: temporary name, fsync, rename. UserError when the disk refuses."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Replace `path` by `text` at once (storage.replace_file). UserError when the disk refuses."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace_file(path, text.encode("utf-8"))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         problem = f"cannot write {path}: {error.strerror}"
         raise UserError(problem, "free space or choose another --home") from error
 

@@ -11,20 +11,25 @@ BAR_SECONDS = 0.1  # between two looks of the bar
 
 
 class Bar:
-    """Shown from the first `show` to `close`. A text may say more than the numbers, such as a speed."""
+    """Shown from the first `show` to `close`. A text may say more than the numbers, such as a speed.
 
-    def __init__(self, name: str, total: int) -> None:
-        self.name, self.total = name, total
+    total: None while it is not known.
+    """
+
+    def __init__(self, name: str, total: int | None) -> None:
+        self.name = name
+        self.total = total
         self.start = time.monotonic()
         self._bar: Any = None
         self._is_live = sys.stdout.isatty()
         self._shown: float | None = None
 
-    def show(self, done: int, text: str) -> None:
-        """`done` of `total`; calls that come too soon after one another are dropped, but not the last one."""
+    def show(self, done: int, text: str, is_last: bool = False) -> None:
+        """`done` of `total`. Calls that come too soon after one another are dropped, but not the last one."""
         now = time.monotonic()
         wait = BAR_SECONDS if self._is_live else PLAIN_SECONDS
-        if self._shown is not None and now - self._shown < wait and done < self.total:
+        is_last = is_last or (self.total is not None and done >= self.total)
+        if self._shown is not None and now - self._shown < wait and not is_last:
             return
         self._shown = now
         if self._is_live:
@@ -45,7 +50,7 @@ class Bar:
             self._bar = None
 
 
-def _bar(name: str, total: int) -> Any:
+def _bar(name: str, total: int | None) -> Any:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
     columns = (TextColumn("[bold]{task.description}"), BarColumn(), TaskProgressColumn())

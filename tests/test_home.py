@@ -64,7 +64,7 @@ def test_a_write_is_whole_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
         write_json(path, {"a": float("nan")})
 
     order: list[str] = []
-    real = {"fsync": os.fsync, "replace": os.replace}
+    real = {"fsync": os.fsync, "rename": os.rename}
 
     def spy(name: str, fails: bool) -> Any:
         def call(*args: Any) -> None:
@@ -84,7 +84,7 @@ def test_a_write_is_whole_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name in real:
         monkeypatch.setattr(os, name, spy(name, fails=False))
     write_text(path, "new")
-    assert path.read_text() == "new" and order == ["fsync", "replace"]
+    assert path.read_text() == "new" and order == ["fsync", "rename", "fsync"]
     with pytest.raises(UserError, match="cannot write"):
         write_json(path / "below a file.json", {})
 

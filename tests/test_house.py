@@ -40,6 +40,7 @@ LAYERS = [
         "home",
         "hardware",
         "errors",
+        "splitmix",
         "storage",
         "progress",
     },

@@ -1,6 +1,6 @@
 """Random numbers that are the same on every platform and Python version.
 
-Integer arithmetic modulo 2**64 only: `mix` (the splitmix64 finaliser) turns a few integers into a seed,
+Integer arithmetic modulo 2**64 only: `mix` turns a few integers into a seed (SplitMix64),
 `Rng` is a 64-bit linear congruential generator read from its upper half (Knuth's MMIX constants).
 """
 
@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
+from nanochat.splitmix import MASK64, splitmix64
+
 T = TypeVar("T")
-MASK = (1 << 64) - 1
 
 
 def mix(*values: int) -> int:
     """One well-mixed 64-bit integer from several integers."""
     h = 0x243F6A8885A308D3
     for value in values:
-        h = (h ^ (value & MASK)) + 0x9E3779B97F4A7C15 & MASK
-        h = (h ^ (h >> 30)) * 0xBF58476D1CE4E5B9 & MASK
-        h = (h ^ (h >> 27)) * 0x94D049BB133111EB & MASK
-        h ^= h >> 31
+        h = splitmix64(h ^ (value & MASK64))
     return h
 
 
@@ -39,7 +37,7 @@ class Rng:
 
     def below(self, n: int) -> int:
         """A uniform integer in [0, n), for n up to 2**32."""
-        self.state = state = (self.state * 6364136223846793005 + 1442695040888963407) & MASK
+        self.state = state = (self.state * 6364136223846793005 + 1442695040888963407) & MASK64
         return ((state >> 32) * n) >> 32
 
     def between(self, low: int, high: int) -> int:

@@ -80,13 +80,6 @@ class KVCache:
             shape = (self.batch_size, *other.prev_embedding.shape[1:])
             self.prev_embedding = other.prev_embedding.expand(shape).clone()
 
-    def copy_row(self, source: int, target: int, length: int) -> None:
-        """Make row `target` equal to row `source`, which holds `length` tokens."""
-        for cache in (self.k_cache, self.v_cache):
-            cache[:, target, :length] = cache[:, source, :length]
-        self.cache_seqlens[target] = self.cache_seqlens[source]
-        self.prev_ids[target] = self.prev_ids[source]
-
 
 class PagedCache:
     """Keys and values in blocks: kv[group] (layers, blocks * block_size, 2K, E), keys first, zeros at first.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-_MASK64 = (1 << 64) - 1
+from nanochat.splitmix import MASK64, splitmix64
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,10 @@ class Sampling:
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) that depends on its arguments alone, with 24 random bits (exact in float32).
 
-    Two rounds of the SplitMix64 finalizer (Steele, Lea and Flood 2014) over seed and position.
+    Two rounds of SplitMix64 over seed and position.
     """
-    mixed = _mix((_mix(seed & _MASK64) + position * 0x9E3779B97F4A7C15) & _MASK64)
+    mixed = splitmix64(splitmix64(seed & MASK64) + position * 0x9E3779B97F4A7C15)
     return (mixed >> 40) * 2.0**-24
-
-
-def _mix(x: int) -> int:
-    x = (x + 0x9E3779B97F4A7C15) & _MASK64
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return x ^ (x >> 31)
 
 
 History = tuple[Sequence[int], Sequence[int]]  # ids of the prompt, ids of the output

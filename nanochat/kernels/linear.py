@@ -116,10 +116,10 @@ class Embedding(nn.Embedding):
 
     def forward(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """ids (...) -> (..., D) in `dtype`."""
-        # On a CPU rows are rounded to bf16 while they are read. Ids that the C code could not check are left
-        # to PyTorch, which raises the error.
-        is_cast = dtype == torch.bfloat16 and self.weight.dtype == torch.float32 and build.ready(self.weight)
-        if is_cast and ids.numel() and ids.min() >= 0 and ids.max() < self.num_embeddings:
+        # On a CPU rows are rounded to bf16 while they are read.
+        is_cast = dtype == torch.bfloat16 and self.weight.dtype == torch.float32
+        if is_cast and ids.numel() and build.ready(self.weight):
+            build.check_indices("token ids", ids, 0, self.num_embeddings)
             return CastEmbedding.apply(ids.long().contiguous(), self.weight)
         return super().forward(ids).to(dtype)
 
