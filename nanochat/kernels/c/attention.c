@@ -150,7 +150,8 @@ static void forward_head(const uint16_t *q_head, const uint32_t *keys, const uin
             /* 2. Their softmax so far; what was summed under a smaller maximum shrinks. */
             for (int64_t r = 0; r < N; r++) {
                 int64_t a = visible.from[i * N + r] - j * N, b = visible.to[i * N + r] - j * N;
-                uint64_t seen = a > 63 || b < 0 || a > b ? 0 : ~0ull << (a < 0 ? 0 : a) & ~0ull >> (b > 63 ? 0 : 63 - b);
+                int none = a > 63 || b < 0 || a > b;
+                uint64_t seen = none ? 0 : ~0ull << (a < 0 ? 0 : a) & ~0ull >> (b > 63 ? 0 : 63 - b);
                 float shrink = softmax_row(scores + r * N, seen, z.scale, maximum + r, sum + r, p + r * N);
                 if (shrink != 1.0f)
                     for (int64_t e = 0; e < E; e++) out[r * E + e] *= shrink;
@@ -189,8 +190,8 @@ EXPORT void attention_forward(const uint16_t *q, const uint16_t *k, const uint16
     }
 }
 
-/* A query head during backward: q and dy by pairs of columns and of rows; L / log 2 and delta = sum(y dy) of each query;
- * dq by transposed tiles. */
+/* A query head during backward: q and dy by pairs of columns and of rows; L / log 2 and delta = sum(y dy) of each
+ * query; dq by transposed tiles. */
 typedef struct {
     uint32_t *q_cols, *q_rows, *dy_cols, *dy_rows;
     float *lse, *delta, *dq;
@@ -225,7 +226,7 @@ typedef struct {
     uint32_t *ds_rows;
 } Tile;
 
-/* P = exp(scale score - L) and dS = scale P (dP - delta) where visible, else 0. lse, delta, from, to: of the queries. */
+/* P = exp(scale score - L) and dS = scale P (dP - delta) where visible, else 0; lse to `to` are of the queries. */
 static void gradient_of_softmax(Tile tile, const float *lse, const float *delta, const int32_t *from, const int32_t *to,
                                 int32_t key, float scale) {
     __m512 f = _mm512_set1_ps(scale), to_log2 = _mm512_set1_ps(scale * LOG2E);

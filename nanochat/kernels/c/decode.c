@@ -1,8 +1,8 @@
 /* Tokens of any sequences through all layers of a GPT on a CPU, in one call: what generating waits for.
  *
  * nanochat/kernels/decode.py compiles and calls this file; gpt.py is its oracle. A weight matrix is read once for all
- * tokens (dot_gemm.h). Keys and values are fp32 or bf16 (then queries, too); all else but the products is fp32. Results are
- * batch-invariant: a token's do not depend on the other tokens or on threads, because every sum has one order.
+ * tokens (dot_gemm.h). Keys and values are fp32 or bf16 (then queries, too); all else but the products is fp32.
+ * Results are batch-invariant: they depend neither on the other tokens nor on threads, as every sum has one order.
  * Letters: N tokens, D width, H query heads, K key/value heads, E head size, V vocabulary.
  */
 #include "dot_gemm.h"
@@ -62,7 +62,9 @@ EXPORT void multiply(const Matrix *m, const float *x, int64_t count, float *y, i
 }
 
 /* Kinds of which any number of rows of x is fast, as bits; the others are for a few. */
-EXPORT void fast_kinds(int64_t *kinds) { *kinds = HAS_AVX512 << FP32 | HAS_BF16_PAIRS << BF16 | HAS_BF16_PAIRS << INT8; }
+EXPORT void fast_kinds(int64_t *kinds) {
+    *kinds = HAS_AVX512 << FP32 | HAS_BF16_PAIRS << BF16 | HAS_BF16_PAIRS << INT8;
+}
 
 /* ---------------------------------------------------------------- vectors */
 
@@ -134,8 +136,10 @@ INLINE void add_values(const char *value, int64_t stride, int kind, int n, const
     }
     for (; j < E; j++)
         for (int c = 0; c < C; c++)
-            for (int i = 0; i < n; i++)
-                y[c * y_row + j] = fmaf(weights[c * weights_row + i], value_at(value + i * stride, j, kind), y[c * y_row + j]);
+            for (int i = 0; i < n; i++) {
+                float *to = y + c * y_row + j;
+                *to = fmaf(weights[c * weights_row + i], value_at(value + i * stride, j, kind), *to);
+            }
 }
 
 #define ADD_VALUES(KIND, C)                                                                                          \
@@ -147,15 +151,16 @@ INLINE void add_values(const char *value, int64_t stride, int kind, int n, const
                 add_values(value + i * stride, stride, KIND, 1, weights + i, weights_row, C, E, y, y_row);           \
     }
 #define ADD_VALUES_OF(KIND) ADD_VALUES(KIND, 1) ADD_VALUES(KIND, 2) ADD_VALUES(KIND, 3) ADD_VALUES(KIND, 4)
-#define ADD_VALUES_NAMES(KIND) {add_values_##KIND##_1, add_values_##KIND##_2, add_values_##KIND##_3, add_values_##KIND##_4}
+#define ADD_VALUES_NAMES(KIND)                                                                                       \
+    {add_values_##KIND##_1, add_values_##KIND##_2, add_values_##KIND##_3, add_values_##KIND##_4}
 ADD_VALUES_OF(FP32)
 ADD_VALUES_OF(BF16)
 static void (*const ADD_VALUES_BY[][GROUP])(const char *, int64_t, int64_t, const float *, int64_t, int64_t, float *,
                                             int64_t) = {ADD_VALUES_NAMES(FP32), ADD_VALUES_NAMES(BF16)};
 
-/* Query heads from `head` on, `heads` of them, of `count` <= GROUP tokens of one sequence, the first at `position`, over the
- * keys that each token sees -> y. q: of the first token's first head; table: the blocks of the sequence; scores: room for
- * heads * GROUP * (keys + 8). All heads go through the cache together, as it lies in memory. */
+/* Query heads `head` to `head + heads`, of `count` <= GROUP tokens of one sequence, the first at `position`, over
+ * the keys that each token sees -> y. q: of the first token's first head; table: the blocks of the sequence; scores:
+ * room for heads * GROUP * (keys + 8). All heads go through the cache together, as it lies in memory. */
 static NOINLINE void attend(const Network *net, const Layer *layer, const char *q, int64_t head, int64_t heads,
                             int64_t count, const int32_t *table, int64_t position, float *scores, float *y) {
     int64_t E = net->head_dim, K = net->num_kv_heads, B = net->block_size, window = layer->window;
@@ -177,8 +182,8 @@ static NOINLINE void attend(const Network *net, const Layer *layer, const char *
             for (int64_t c = 0; c < count; c++) memcpy(to + c * span, found[c], sizeof found[c]);
 #else
             for (int64_t i = 0; i < 4; i++) {
-                ONE_ROW[kind][count - 1](slot + at + i * slot_size, slot_size, query, token_stride * size, E, next + at, 1,
-                                         found);
+                const char *key = slot + at + i * slot_size;
+                ONE_ROW[kind][count - 1](key, slot_size, query, token_stride * size, E, next + at, 1, found);
                 for (int64_t c = 0; c < count; c++) to[c * span + i] = found[c][0];
             }
 #endif
@@ -306,9 +311,11 @@ static inline void store_head(const Network *net, const float *from, void *to) {
     memcpy(to, from, (size_t)net->head_dim * 4);
 }
 
-/* RoPE and norm of queries and keys; value embeddings; keys and values to the cache. head: room for one. */
-static void rotate_and_cache(const Network *net, const Layer *layer, const StepInput *in, const Scratch *s, float *room) {
-    int64_t H = net->num_heads, K = net->num_kv_heads, E = net->head_dim, size = size_of((int)net->kv_kind), G = H + 2 * K;
+/* RoPE and norm of queries and keys; value embeddings; keys and values to the cache. room: for one head. */
+static void rotate_and_cache(const Network *net, const Layer *layer, const StepInput *in, const Scratch *s,
+                             float *room) {
+    int64_t H = net->num_heads, K = net->num_kv_heads, E = net->head_dim, G = H + 2 * K;
+    int64_t size = size_of((int)net->kv_kind);
     const int32_t *tables = in->tables + layer->table * in->num_rows * in->num_blocks;
 #pragma omp for schedule(static)
     for (int64_t at = 0; at < in->count * G; at++) {

@@ -1,13 +1,13 @@
 /* Products for decoding: rows of x times a weight matrix that is read once, where it lies.
  *
  * Weights (rows, cols) are fp32, bf16 or int8 (codes times a scale per row); x and y are fp32. Where the processor
- * multiplies bf16 pairs, x is rounded to bf16 unless the weights are fp32. A vector holds neighbours along the axis that is
- * summed over, so nothing is packed; gemm.h packs, which a training step can afford (few rows of x would take 2 to 12 times
- * as long) and which makes its products 5 to 25 % faster than this form would. Every element of y is a sum of its own, in
+ * multiplies bf16 pairs, x is rounded to bf16 unless the weights are fp32. Every element of y is a sum of its own, in
  * an order that depends on the number of columns alone: results are batch-invariant and independent of threads.
  *
- * At 32 rows of x, 210 MB of bf16 weights took 19 to 22 ms on two cores of an AMD EPYC (oneDNN: 25 to 29), at 512 a tenth
- * longer than there.
+ * A vector holds neighbours along the axis that is summed over, so nothing is packed. gemm.h packs: for 1 to 16 rows of
+ * x that would take 1.4 to 12 times as long, while this form would make training's products 1 to 25 % slower. At 32 rows
+ * of x, 210 MB of bf16 weights took 19 to 22 ms on two cores of an AMD EPYC (oneDNN: 25 to 29); at 512 rows it took a
+ * tenth longer than oneDNN.
  */
 #ifndef DOT_GEMM_H
 #define DOT_GEMM_H
@@ -113,7 +113,7 @@ static void widen_row(const char *from, int64_t n, uint16_t *to) {
 }
 #endif
 
-/* One step of a tile's sums: sums[r][c] += w[r] x[c] over the columns from k on, `count` of them if the step is not whole. */
+/* A step of a tile's sums: sums[r][c] += w[r] x[c] over the columns from k on, `count` of them if it is not whole. */
 INLINE void add_products(const char *w, int64_t w_row, const char *x, int64_t x_row, int64_t k, int is_whole,
                          int64_t count, int kind, int R, int C, vec sums[ROWS * PARTS][TOKENS]) {
 #if HAS_BF16_PAIRS
@@ -198,7 +198,8 @@ typedef void (*Tile)(const char *, int64_t, const char *, int64_t, int64_t, cons
         tile(w, w_row, x, x_row, cols, KIND, R, C, next, lines, found);                                              \
     }
 #if HAS_AVX512
-#define DEFINE(KIND, R) TILE(KIND, R, 1) TILE(KIND, R, 2) TILE(KIND, R, 3) TILE(KIND, R, 4) TILE(KIND, R, 5) TILE(KIND, R, 6)
+#define DEFINE(KIND, R)                                                                                              \
+    TILE(KIND, R, 1) TILE(KIND, R, 2) TILE(KIND, R, 3) TILE(KIND, R, 4) TILE(KIND, R, 5) TILE(KIND, R, 6)
 #define NAMES(KIND, R)                                                                                               \
     {tile_##KIND##_##R##_1, tile_##KIND##_##R##_2, tile_##KIND##_##R##_3, tile_##KIND##_##R##_4,                     \
      tile_##KIND##_##R##_5, tile_##KIND##_##R##_6}
@@ -220,8 +221,8 @@ INLINE void epilogue(float *to, const float *sums, const float *scale, int num, 
     }
 }
 
-/* Rows first .. last - 1 of the weights, which lie at `w` in `kind`, times x in the kind that goes with it. For many tokens
- * `rows_after` rows behind them are prefetched, which this core needs next. */
+/* Rows first .. last - 1 of the weights, which lie at `w` in `kind`, times x in the kind that goes with it. For many
+ * tokens `rows_after` rows behind them are prefetched, which this core needs next. */
 static NOINLINE void multiply_rows(const Matrix *m, const char *w, int kind, const char *x, int64_t count, float *y,
                                    int end, int64_t first, int64_t last, int is_many, int64_t rows_after) {
     int64_t row = m->cols * size_of(kind), x_row = m->cols * (uses_pairs(kind) ? 2 : 4), rows = last - first;

@@ -1,9 +1,9 @@
 /* The elementwise chains of a training step on a CPU, each in one pass over memory; rows in parallel.
  *
- * nanochat/kernels/elementwise.py, loss.py, linear.py and flash_attention/dense.py call these functions and hold the same
- * in PyTorch, which tests compare. A row is read into fp32 (in cache), worked on there and written back; is_bf16 says
- * that the tensors hold bf16, else they are fp32. Rows of the network's width stand on the stack (build.MAX_ROW bounds
- * them), rows of the vocabulary and of keys on the heap.
+ * nanochat/kernels/elementwise.py, loss.py, linear.py and flash_attention/dense.py call these functions and hold the
+ * same in PyTorch, which tests compare. A row is read into fp32 (in cache), worked on there and written back; is_bf16
+ * says that the tensors hold bf16, else they are fp32. Rows of the network's width stand on the stack (build.MAX_ROW
+ * bounds them), rows of the vocabulary and of keys on the heap.
  */
 #include "common.h"
 
@@ -39,8 +39,8 @@ EXPORT void norm_backward(const void *g, const void *y, const float *inverse, vo
     }
 }
 
-/* y = scale * norm(rope(x)) for rows (token, head) of the head size n. RoPE by halves: element j and j + n / 2 are a point
- * in the plane, turned by the token's j-th angle. cos, sin: fp32 (period, n / 2); token t has row t % period.
+/* y = scale * norm(rope(x)) for rows (token, head) of the head size n. RoPE by halves: elements j and j + n / 2 are a
+ * point in the plane, turned by the token's j-th angle. cos, sin: fp32 (period, n / 2); token t has row t % period.
  * A rotation keeps the length, so the norm is taken before it. */
 EXPORT void rotate_norm_forward(const void *x, const float *cos, const float *sin, void *y, float *inverse,
                                 int64_t rows, int64_t heads, int64_t n, int64_t period, float scale, float eps,
@@ -114,8 +114,8 @@ EXPORT void embedding_forward(const float *table, const int64_t *ids, uint16_t *
     for (int64_t i = 0; i < count; i++) store_row(table + ids[i] * n, y + i * n, n, 1);
 }
 
-/* Row v of table = the sum of the rows of g (bf16) whose id is v, in order, so that threads change no bit. Rows of ids that
- * are equal modulo 64 have one thread: frequent tokens have neighbouring ids. */
+/* Row v of table = the sum of the rows of g (bf16) whose id is v, in order, so that threads change no bit. Rows of ids
+ * that are equal modulo 64 have one thread: frequent tokens have neighbouring ids. */
 EXPORT void embedding_backward(const uint16_t *g, const int64_t *ids, float *table, int64_t count, int64_t rows,
                                int64_t n) {
 #pragma omp parallel for schedule(static)
@@ -162,8 +162,9 @@ EXPORT void mix_backward(const void *g, const void *x, const void *x0, void *dx,
     }
 }
 
-/* Which keys the rows of a chunk of scores see. Row i holds query t = i % queries of batch row i / per_row; the query stands
- * at key past + t and sees `left` keys back and `right` ahead, none before start (batch rows, stride; may be NULL). */
+/* Which keys the rows of a chunk of scores see. Row i holds query t = i % queries of batch row i / per_row. The query
+ * stands at key past + t and sees `left` keys back, `right` ahead, and none before start (batch rows, stride) if given.
+ */
 typedef struct {
     int64_t queries, per_row, keys, past, left, right;
     const int32_t *start;
@@ -236,10 +237,10 @@ EXPORT void softmax_backward(const void *p, void *dp, int64_t rows, int64_t quer
     }
 }
 
-/* Raw logits -> in place (if wants_gradient) the gradient of nll by them; nll of each row. A target of -1 gives 0; loss.py
- * has checked that the others lie inside the vocabulary.
- * With s = sigmoid(2 z / cap) a capped logit cap tanh(z / cap) is 2 cap s - cap: bounded, so no maximum is subtracted, and
- * d nll / dz = (e^(2 cap s) / sum - onehot(y)) 4 s (1 - s). */
+/* Raw logits -> in place (if wants_gradient) the gradient of nll by them; nll of each row. A target of -1 gives 0;
+ * loss.py has checked that the others lie inside the vocabulary.
+ * With s = sigmoid(2 z / cap) a capped logit cap tanh(z / cap) is 2 cap s - cap: bounded, so no maximum is subtracted,
+ * and d nll / dz = (e^(2 cap s) / sum - onehot(y)) 4 s (1 - s). */
 EXPORT void cross_entropy(void *logits, const int64_t *targets, float *nll, int64_t rows, int64_t vocab, float cap,
                           int wants_gradient, int is_bf16) {
 #pragma omp parallel

@@ -1,7 +1,7 @@
-/* The parts of a matrix product for the instruction that multiplies pairs of bf16 (AVX512-BF16): packing and micro-kernel.
+/* The parts of a matrix product for the instruction that multiplies pairs of bf16 (AVX512-BF16).
  *
- * C (M x N) += A (M x K) B (K x N). B is packed: two neighbours along K lie side by side as one uint32, and a vector holds
- * the pairs of 16 columns. matmul.c (panels of 64 columns) and attention.c (tiles of 64 keys) use it.
+ * C (M x N) += A (M x K) B (K x N). B is packed: two neighbours along K lie side by side as one uint32, and a vector
+ * holds the pairs of 16 columns. matmul.c (panels of 64 columns) and attention.c (tiles of 64 keys) use it.
  */
 #ifndef GEMM_H
 #define GEMM_H
@@ -40,8 +40,8 @@ static inline __m512i load_lanes(const uint16_t *from, int64_t count) {
     return mask ? _mm512_maskz_loadu_epi16(mask, from) : _mm512_setzero_si512();
 }
 
-/* Two rows of `cols` elements, interleaved -> `to`, zeros up to a multiple of 16. Columns are cut into panels of `width`,
- * which lie `apart` uint32 apart. The second row may be NULL (zeros). */
+/* Two rows of `cols` elements, interleaved -> `to`, zeros up to a multiple of 16. Columns are cut into panels of
+ * `width`, which lie `apart` uint32 apart. The second row may be NULL (zeros). */
 INLINE void pack_pair(const uint16_t *one, const uint16_t *two, int64_t cols, uint32_t *to, int64_t width,
                       int64_t apart) {
     static const uint16_t ORDER[64] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
@@ -71,8 +71,8 @@ static inline void pack_rows(const uint16_t *x, int64_t row, int64_t k0, int64_t
         pack_pair(x + k * row, k + 1 < k1 ? x + (k + 1) * row : NULL, cols, to, width, apart);
 }
 
-/* One panel of a matrix stored (N, K): to[p * NR + j] = elements k0 + 2 p and k0 + 2 p + 1 of row j, zeros beyond `rows`.
- * 16 rows by 16 pairs are transposed in registers at a time. */
+/* One panel of a matrix stored (N, K): to[p * NR + j] = elements k0 + 2 p and k0 + 2 p + 1 of row j, zeros beyond
+ * `rows`. 16 rows by 16 pairs are transposed in registers at a time. */
 static inline void pack_transposed(const uint16_t *x, int64_t row, int64_t k0, int64_t k1, int64_t rows, uint32_t *to) {
     for (int64_t j = 0; j < NR; j += 16)
         for (int64_t k = k0; k < k1; k += 32) {

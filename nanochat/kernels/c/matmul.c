@@ -1,11 +1,11 @@
 /* Matrix products of a training step on CPUs with AVX512-BF16: bf16 in, sums in fp32; what follows a product (the
  * epilogue) is done while its result lies in cache.
  *
- * C (M x N) = A (M x K) B (K x N). B is packed by panels of 64 columns (gemm.h). A is read where it lies, or packed too if
- * it is stored (K, M), as in gradients of weights, where K counts tokens. An element's sum runs over K in order, by
+ * C (M x N) = A (M x K) B (K x N). B is packed by panels of 64 columns (gemm.h). A is read where it lies, or packed too
+ * if it is stored (K, M), as in gradients of weights, where K counts tokens. An element's sum runs over K in order, by
  * itself: neither threads nor the other rows change a bit. nanochat/kernels/matmul.py calls it.
- * A large product alone is as fast as oneDNN's (0.90 to 0.95 of the processor's rate). The gain lies around it: half of a
- * symmetric product, a sum, a square or its gradient on the way, fp32 gradients without a second pass.
+ * A large product alone is as fast as oneDNN's (0.90 to 0.95 of the processor's rate). The gain lies around it: half of
+ * a symmetric product, a sum, a square or its gradient on the way, fp32 gradients without a second pass.
  * Left to PyTorch: fp32, tensors that are not contiguous, AMX (which oneDNN has), other processors.
  */
 #include "common.h"
@@ -118,14 +118,14 @@ static void prefetch(Prefetch *p, int64_t num_lines) {
 }
 
 /* Rows i0 to i1 and columns j0 to j1 of C, by one thread.
- * packed_b: all panels of B; if A is packed, too, room for those of this block. sums: room for the block if K takes more
- * than one pass, else for a tile. */
+ * packed_b: all panels of B; if A is packed, too, room for those of this block. sums: room for the block if K takes
+ * more than one pass, else for a tile. */
 static void compute_block(const Product *p, int64_t i0, int64_t i1, int64_t j0, int64_t j1, uint32_t *packed_a,
                           uint32_t *packed_b, float *sums) {
     int64_t k = p->k, kc = p->a_is_km ? KC_BOTH_PACKED : KC;
     int is_one_pass = kc >= k;
     int64_t sums_row = is_one_pass ? NR : round_up(j1 - j0, NR);
-    int64_t packed_row = round_up(i1 - i0, 16) + 16; /* no power of two: such lines would share few places in the cache */
+    int64_t packed_row = round_up(i1 - i0, 16) + 16; /* no power of two: its lines would share few places in a cache */
     for (int64_t k0 = 0; k0 < k; k0 += kc) {
         int64_t k1 = min_of(k0 + kc, k), next_k = min_of(k1 + kc, k), pairs = (k1 - k0 + 1) / 2;
 
@@ -186,14 +186,15 @@ static Grid divide_work(const Product *p) {
         grid.across = (num_panels + grid.panels - 1) / grid.panels;
     }
     /* a multiple of the number of threads, so that none waits for the last task */
-    while (grid.down * grid.across % threads && grid.down * grid.across < 4 * threads && grid.down < p->m / MR) grid.down++;
+    while (grid.down * grid.across % threads && grid.down * grid.across < 4 * threads && grid.down < p->m / MR)
+        grid.down++;
     grid.rows = round_up((p->m + grid.down - 1) / grid.down, MR);
     return grid;
 }
 
-/* C (M x N) of contiguous matrices from the product P = A B, by one of the epilogues. K is even unless A is stored (K, M). */
-EXPORT void matmul(const uint16_t *a, const uint16_t *b, void *c, const uint16_t *other, int64_t m, int64_t n, int64_t k,
-                   int a_is_km, int b_is_kn, int epilogue) {
+/* C (M x N) of contiguous matrices from the product P = A B, by an epilogue. K is even unless A is stored (K, M). */
+EXPORT void matmul(const uint16_t *a, const uint16_t *b, void *c, const uint16_t *other, int64_t m, int64_t n,
+                   int64_t k, int a_is_km, int b_is_kn, int epilogue) {
     const Product p = {a, b, c, other, m, n, k, a_is_km, b_is_kn, epilogue, 0, 1.0f, 1.0f, 0.0f};
     const Grid grid = divide_work(&p);
     int64_t num_panels = (n + NR - 1) / NR, pairs = (k + 1) / 2, kc = a_is_km ? KC_BOTH_PACKED : KC;

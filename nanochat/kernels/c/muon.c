@@ -1,5 +1,5 @@
-/* The elementwise parts of Muon on a CPU, each in one pass over a matrix (R x C); nanochat/optim/muon.py has the same in
- * PyTorch. The products between them are matmul.c's or PyTorch's; AdamW is torch's fused one.
+/* The elementwise parts of Muon on a CPU, each in one pass over a matrix (R x C); nanochat/optim/muon.py has the same
+ * in PyTorch. The products between them are matmul.c's or PyTorch's; AdamW is torch's fused one.
  */
 #include "common.h"
 
@@ -9,7 +9,7 @@ static inline float value_at(const void *x, int64_t i, int is_bf16) {
     return is_bf16 ? bf16_to_fp32(((const uint16_t *)x)[i]) : ((const float *)x)[i];
 }
 
-/* Nesterov momentum: m += rate (g - m), n = (1 - rate) m + rate g with rate = 1 - momentum. squares[i]: of row i of n. */
+/* Nesterov momentum: m += rate (g - m), n = (1 - rate) m + rate g rate = 1 - momentum. squares: of each row of n. */
 EXPORT void muon_momentum(const float *g, float *m, float *n, float *squares, int64_t rows, int64_t cols, float rate) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < rows; i++) {
@@ -62,7 +62,7 @@ EXPORT void muon_squares(const void *x, float *sums, int64_t rows, int64_t cols,
     }
 }
 
-/* u = scale x by row or column; w -= lr (u + decay w) where the step shrinks w (u w >= 0), else lr u (cautious decay). */
+/* u = scale x by row or column; w -= lr (u + decay w) where the step shrinks w (u w >= 0), else lr u (cautious). */
 EXPORT void muon_update(const void *x, const float *scale, float *w, int64_t rows, int64_t cols, float lr, float decay,
                         int by_column, int is_bf16) {
 #pragma omp parallel for schedule(static)
