@@ -4,10 +4,10 @@
  * multiplies bf16 pairs, x is rounded to bf16 unless the weights are fp32. Every element of y is a sum of its own, in
  * an order that depends on the number of columns alone: results are batch-invariant and independent of threads.
  *
- * A vector holds neighbours along the axis that is summed over, so nothing is packed. gemm.h packs: for 1 to 16 rows of
- * x that would take 1.4 to 12 times as long, while this form would make training's products 1 to 25 % slower. At 32 rows
- * of x, 210 MB of bf16 weights took 19 to 22 ms on two cores of an AMD EPYC (oneDNN: 25 to 29); at 512 rows it took a
- * tenth longer than oneDNN.
+ * A vector holds neighbours along the axis that is summed over, so nothing is packed. gemm.h packs: for 1 to 16 rows
+ * of x that would take 1.4 to 12 times as long, while this form would make training's products 1 to 25 % slower. At 32
+ * rows of x, 210 MB of bf16 weights took 19 to 22 ms on two cores of an AMD EPYC (oneDNN: 25 to 29); at 512 rows the
+ * time was a tenth longer than oneDNN's.
  */
 #ifndef DOT_GEMM_H
 #define DOT_GEMM_H
@@ -212,13 +212,22 @@ static const Tile FOUR_ROWS[][TOKENS] = {NAMES(FP32, 4), NAMES(BF16, 4)}; /* int
 DEFINE(FP32, 1) DEFINE(BF16, 1) DEFINE(INT8, 1)
 static const Tile ONE_ROW[][TOKENS] = {NAMES(FP32, 1), NAMES(BF16, 1), NAMES(INT8, 1)};
 
-/* num = 1 or 4 sums -> y, by the same instructions. fmaf() is never rounded twice. */
+/* num = 1 or 4 sums -> y, by the same instructions. relu is a maximum: a branch would be mispredicted half of the time. */
 INLINE void epilogue(float *to, const float *sums, const float *scale, int num, int kind) {
-    UNROLL for (int i = 0; i < num; i++) {
-        float by = scale ? scale[i] : 1.0f, value = sums[i] * by;
-        if (kind == ADD) to[i] = fmaf(sums[i], by, to[i]);
-        else to[i] = kind == STORE ? value : value > 0 ? value * value : 0.0f;
-    }
+#if HAS_AVX512
+    __m128 values = _mm_loadu_ps(sums), by = _mm_set1_ps(1);
+    if (scale) by = num == 4 ? _mm_loadu_ps(scale) : _mm_load_ss(scale);
+    if (kind == ADD) values = _mm_fmadd_ps(values, by, num == 4 ? _mm_loadu_ps(to) : _mm_load_ss(to));
+    else values = _mm_mul_ps(values, by);
+    if (kind == RELU_SQUARED) values = _mm_max_ps(values, _mm_setzero_ps());
+    if (kind == RELU_SQUARED) values = _mm_mul_ps(values, values);
+    if (num == 4) _mm_storeu_ps(to, values);
+    else _mm_store_ss(to, values);
+#else
+    (void)num; /* 1 */
+    float value = scale ? sums[0] * scale[0] : sums[0];
+    *to = kind == ADD ? *to + value : kind == STORE ? value : value > 0 ? value * value : 0.0f;
+#endif
 }
 
 /* Rows first .. last - 1 of the weights, which lie at `w` in `kind`, times x in the kind that goes with it. For many
