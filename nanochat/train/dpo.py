@@ -13,18 +13,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from nanochat.config import StageSettings
 from nanochat.data.loader import Batch
 from nanochat.errors import UserError
+from nanochat.gpt import GPT
 from nanochat.optim.schedule import linear_to_zero, post_training_momentum
 from nanochat.runtime import Runtime
 from nanochat.train.finetune import MID_RATES, Parent, split
 from nanochat.train.loop import Rates, TrainState
 from nanochat.train.policy import log_probs
-from nanochat.train.rollout import Row, blank_batch, make_batch
+from nanochat.train.rollout import Row, blank_batch, make_batch, shuffled_index
 from nanochat.train.stages import Training, run_stage
 
 
@@ -69,8 +69,8 @@ class PairBatches:
     def __init__(
         self,
         pairs: Sequence[Pair],
-        model: Any,
-        reference: Any,
+        model: GPT,
+        reference: GPT,
         rt: Runtime,
         *,
         per_step: int,
@@ -100,7 +100,7 @@ class PairBatches:
         rt, size = self.rt, self.pairs_per_batch
         positions = range(self.position, self.position + self.per_step)
         self.position += self.per_step
-        chosen = [self.pairs[self._index(position)] for position in positions]
+        chosen = [self.pairs[shuffled_index(position, len(self.pairs), self.seed)] for position in positions]
         chunks = [chosen[i : i + size] for i in range(0, len(chosen), size)]
         sums = torch.zeros(4, dtype=torch.float64)
         batches = []
@@ -114,10 +114,6 @@ class PairBatches:
         cursor = {"position": self.position}
         batches[-1].resume = lambda: cursor
         return batches
-
-    def _index(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.pairs))
-        return int(np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs))[place])
 
     def weigh(self, pairs: Sequence[Pair]) -> tuple[Batch, torch.Tensor]:
         """(a batch that counts its pairs as targets, sums of loss, right order, margin, pairs)."""

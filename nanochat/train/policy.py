@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-SAME = 1e-9  # rewards that differ by less are equal
+SAME_REWARD = 1e-9  # rewards that differ by less are equal
 
 
 def advantages(rewards: Sequence[float], by_std: bool = False) -> list[float] | None:
@@ -21,7 +21,7 @@ def advantages(rewards: Sequence[float], by_std: bool = False) -> list[float] | 
     >>> advantages([1.0, 0.0, 0.0, 1.0])
     [0.5, -0.5, -0.5, 0.5]
     """
-    if max(rewards) - min(rewards) < SAME:
+    if max(rewards) - min(rewards) < SAME_REWARD:
         return None
     mean = sum(rewards) / len(rewards)
     centred = [reward - mean for reward in rewards]

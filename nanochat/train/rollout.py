@@ -1,10 +1,10 @@
-"""On-policy batches for RL: questions in, answers by the engine, rewards, token weights out.
+"""On-policy batches for RL: questions in, answers from the engine, rewards, token weights out.
 
-A round takes `questions` new questions, writes `samples` answers to each with the present weights at
-temperature 1 (the distribution that is scored), and serves `updates` optimizer steps. Groups whose rewards
-are all equal teach nothing and are dropped. Every rank writes answers to its share of the questions; then all
-know all answers, so that rows can be dealt out by length and one rank's checkpoint holds a whole round.
-Letters: B rows, T time.
+A round asks `questions` new questions, samples `samples` answers to each with the present weights, and serves
+`updates` optimizer steps. Answers are sampled at temperature 1, because the scoring pass computes the same
+distribution. A group of answers whose rewards are all equal has no gradient and is dropped. Every rank writes
+the answers to its share of the questions, then all ranks exchange all answers: rows can then be divided by
+length, and the checkpoint of one rank holds the whole round. Letters: B rows, T time.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nanochat.data.loader import IGNORED, Batch
 from nanochat.engine import Completion, Engine
 from nanochat.engine.detokenizer import answer_of
+from nanochat.gpt import GPT
 from nanochat.runtime import Runtime
 from nanochat.train.policy import advantages, kl_estimate, log_probs, token_weights
 
@@ -37,10 +39,19 @@ class Rewarded(Protocol):
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """What a round is: counts over all ranks, except `device_batch` (rows of one forward and backward pass).
+    """The size and the loss of a round. Counts are over all ranks, except device_batch and engine_batch.
 
-    clip 0 and kl 0 leave those terms out; refill: how many more times as many questions may be asked to
-    replace dropped groups.
+    Args:
+        questions, samples: questions of a round, and answers to each.
+        max_tokens: longest answer.
+        device_batch: rows of one forward and backward pass on one rank.
+        updates: optimizer steps per round.
+        clip, kl: see policy.token_weights; 0 leaves the term out.
+        by_std: divide advantages by the standard deviation of the group.
+        refill: how many more times as many questions may be asked to replace dropped groups.
+        engine_batch: answers that one rank writes at a time.
+
+    Raises ValueError for a count that is too small or a negative number.
     """
 
     questions: int
@@ -70,12 +81,15 @@ class RoundPlan:
 
 @dataclass
 class Row:
-    """One answer: prompt, what was written, the token that ended it; mask 1 where the policy chose."""
+    """A prompt and one answer to it, with the token that ended it. mask: 1 where the policy sampled.
+
+    old_log_probs: log p of ids[1:] under the policy that sampled them; kept only for several updates.
+    """
 
     ids: list[int]
     mask: list[int]
     advantage: float
-    old: list[float] | None = None  # log p of ids[1:] when it was written; only for several updates
+    old_log_probs: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,33 +108,35 @@ def row_of(prompt: Sequence[int], answer: Completion, advantage: float) -> Row:
     return Row(ids, [0] * len(prompt) + answer.mask + [1] * len(stop), advantage)
 
 
-def question_at(position: int, total: int, seed: int) -> int:
-    """Question number `position` of an endless sequence of passes, each in an order of its own."""
+def shuffled_index(position: int, total: int, seed: int) -> int:
+    """Item `position` of an endless sequence of epochs over `total` items, each epoch in its own order."""
     epoch, place = divmod(position, total)
     return int(np.random.default_rng([seed, epoch]).permutation(total)[place])
 
 
 def ask(engine: Engine, task: Rewarded, positions: Sequence[int], plan: RoundPlan) -> list[Group]:
-    """A group per position. A sample's seed follows from its global number alone, so ranks change nothing.
-
-    A prompt that fills the context gets no answers and belongs to no group.
-    """
-    conversations = [task[question_at(p, len(task), plan.seed)] for p in positions]
-    prompts = [engine.tokenizer.render_for_completion(c) for c in conversations]
-    fits = [i for i, prompt in enumerate(prompts) if len(prompt) < engine.context]
-    S = plan.samples
-    done = engine.complete(
-        [prompts[i] for i in fits for _ in range(S)],
-        max_tokens=plan.max_tokens,
-        temperature=1.0,
-        seed=[(plan.seed << 40) + positions[i] * S + s for i in fits for s in range(S)],
-        batch_size=plan.engine_batch,
+    """One group per position. A prompt that fills the context gets no answers and belongs to no group."""
+    conversations, prompts, seeds = [], [], []
+    for position in positions:
+        conversation = task[shuffled_index(position, len(task), plan.seed)]
+        prompt = engine.tokenizer.render_for_completion(conversation)
+        if len(prompt) >= engine.context:
+            continue
+        conversations.append(conversation)
+        # The seed of an answer follows from its number among all answers of the run alone: the number of
+        # ranks changes nothing.
+        for sample in range(plan.samples):
+            prompts.append(prompt)
+            seeds.append((plan.seed << 40) + position * plan.samples + sample)
+    completions = engine.complete(
+        prompts, max_tokens=plan.max_tokens, temperature=1.0, seed=seeds, batch_size=plan.engine_batch
     )
     groups = []
-    for n, i in enumerate(fits):
-        answers = done[n * S : (n + 1) * S]
-        texts = [answer_of(a.ids, engine.tokenizer) for a in answers]
-        groups.append(Group(prompts[i], answers, rewards_of(task, conversations[i], texts)))
+    for i, conversation in enumerate(conversations):
+        first = i * plan.samples
+        answers = completions[first : first + plan.samples]
+        texts = [answer_of(answer.ids, engine.tokenizer) for answer in answers]
+        groups.append(Group(prompts[first], answers, rewards_of(task, conversation, texts)))
     return groups
 
 
@@ -133,10 +149,10 @@ def rewards_of(task: Rewarded, conversation: Any, texts: Sequence[str]) -> list[
 
 
 class Rollouts:
-    """An endless iterator of micro-batches: `plan.accum(world)` of them are one optimizer step.
+    """An endless iterator of micro-batches; `plan.accum(world_size)` of them are one optimizer step.
 
-    `results` describe the step whose batches were made last, for the metrics. With a `reference` model the
-    distance from it is measured (and penalised by plan.kl).
+    `results` describe the step whose batches were made last. With a `reference` model, the distance from it
+    is measured, and penalised by plan.kl.
     """
 
     def __init__(
@@ -146,122 +162,156 @@ class Rollouts:
         plan: RoundPlan,
         rt: Runtime,
         *,
-        reference: Any = None,
+        reference: GPT | None = None,
         cursor: dict[str, Any] | None = None,
     ) -> None:
-        self.engine, self.task, self.plan, self.rt, self.reference = engine, task, plan, rt, reference
-        self.position = 0 if cursor is None else int(cursor["position"])
-        self.update = 0 if cursor is None else int(cursor["update"])
-        self.rows: list[Row] = [] if cursor is None else _unpack(cursor["rows"])
-        self.results: dict[str, float] = {} if cursor is None else dict(cursor.get("facts", {}))
         if not len(task):
             raise ValueError("RL needs at least one question, found none")
+        self.engine = engine
+        self.task = task
+        self.plan = plan
+        self.rt = rt
+        self.reference = reference
+        # The next question, the next update of this round, and the answers of this round.
+        self.position = 0
+        self.update = 0
+        self.rows: list[Row] = []
+        self.results: dict[str, float] = {}
+        if cursor is not None:
+            self.position = int(cursor["position"])
+            self.update = int(cursor["update"])
+            self.rows = _unpack(cursor["rows"])
+            self.results = dict(cursor.get("facts", {}))
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
             if self.update == 0:
-                self._write()
+                self._start_round()
             yield from self._step()
 
     def cursor(self) -> dict[str, Any]:
-        """Where to go on after the step made last; inside a round its answers and results come along."""
-        rows, results = (self.rows, dict(self.results)) if self.update else ([], {})
-        return {"position": self.position, "update": self.update, "rows": _pack(rows), "facts": results}
+        """Where to go on after the step made last. Within a round, its answers and results are included."""
+        is_within_round = self.update > 0
+        return {
+            "position": self.position,
+            "update": self.update,
+            "rows": _pack(self.rows if is_within_round else []),
+            "facts": dict(self.results) if is_within_round else {},
+        }
 
-    def _write(self) -> None:
-        """Ask a round's questions with the present weights; keep up to plan.questions groups that differ."""
-        begun, plan, rt = time.perf_counter(), self.plan, self.rt
+    def _start_round(self) -> None:
+        """Ask questions until plan.questions groups have unequal rewards or the refills are used up."""
+        start = time.perf_counter()
         asked: list[Group] = []
-        kept: list[tuple[Group, list[float]]] = []
-        for _ in range(1 + plan.refill):
-            positions = range(self.position, self.position + plan.questions)
-            self.position += plan.questions
-            parts = rt.gather(ask(self.engine, self.task, positions[rt.rank :: rt.world_size], plan))
-            groups = [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
-            asked += groups
-            found = [(group, advantages(group.rewards, plan.by_std)) for group in groups]
-            kept += [(group, values) for group, values in found if values is not None]
-            if len(kept) >= plan.questions:
+        num_groups = 0
+        rows: list[Row] = []
+        for _ in range(1 + self.plan.refill):
+            for group in self._ask_all_ranks():
+                asked.append(group)
+                values = advantages(group.rewards, self.plan.by_std)
+                if values is None or num_groups == self.plan.questions:
+                    continue
+                num_groups += 1
+                for answer, value in zip(group.answers, values, strict=True):
+                    rows.append(row_of(group.prompt, answer, value))
+            if num_groups == self.plan.questions:
                 break
-        kept = kept[: plan.questions]
-        rows = [
-            row_of(group.prompt, answer, value)
-            for group, values in kept
-            for answer, value in zip(group.answers, values, strict=True)
-        ]
+        # Rows of like length share a batch, so that little of it is padding.
         self.rows = sorted(rows, key=lambda row: -len(row.ids))
-        self.results = _round_results(asked, len(kept)) | {"rollout_seconds": time.perf_counter() - begun}
+        self.results = _round_results(asked, num_groups) | {"rollout_seconds": time.perf_counter() - start}
+
+    def _ask_all_ranks(self) -> list[Group]:
+        """The groups of the next plan.questions questions, answered by all ranks together."""
+        rt = self.rt
+        positions = range(self.position, self.position + self.plan.questions)
+        self.position += self.plan.questions
+        parts = rt.gather(ask(self.engine, self.task, positions[rt.rank :: rt.world_size], self.plan))
+        # Take turns over the ranks, which restores the order of one rank.
+        most = max(map(len, parts))
+        return [part[i] for i in range(most) for part in parts if i < len(part)]
 
     def _step(self) -> list[Batch]:
         """This rank's micro-batches of one optimizer step, weighted with the present weights."""
         plan, rt = self.plan, self.rt
-        accum, B = plan.accum(rt.world_size), plan.device_batch
-        chunks = [self.rows[i : i + B] for i in range(0, len(self.rows), B)]
+        size = plan.device_batch
+        chunks = [self.rows[i : i + size] for i in range(0, len(self.rows), size)]
         mine = chunks[rt.rank :: rt.world_size]
+        # Plain REINFORCE needs no scoring pass: its weights are the advantages.
         needs_scores = plan.updates > 1 or self.reference is not None
-        sums = torch.zeros(3, dtype=torch.float64)  # tokens, clipped, KL
+        sums_3 = torch.zeros(3, dtype=torch.float64)
         batches = []
-        for chunk in mine:
-            batch, advantage_BT = make_batch(chunk, rt.device)
+        for rows in mine:
+            batch, advantage_BT = make_batch(rows, rt.device)
+            batch.weights_BT = advantage_BT
             if needs_scores:
-                sums += self._weigh(batch, advantage_BT, chunk)
-            else:
-                batch.weights_BT = advantage_BT
+                sums_3 += self._weigh(batch, advantage_BT, rows)
             batches.append(batch)
         if plan.updates > 1 and self.update == 0:
             self._share_scores(mine)
-        batches += [blank_batch(rt.device) for _ in range(accum - len(batches))]
+        # Every rank computes the same number of micro-batches.
+        batches += [blank_batch(rt.device) for _ in range(plan.accum(rt.world_size) - len(batches))]
         if needs_scores:
-            tokens, clipped, kl = rt.sum(sums.to(rt.device) if rt.world_size > 1 else sums).tolist()
-            self.results["clip_frac"] = clipped / max(tokens, 1)
+            num_tokens, num_clipped, kl = rt.sum(
+                sums_3.to(rt.device) if rt.world_size > 1 else sums_3
+            ).tolist()
+            self.results["clip_frac"] = num_clipped / max(num_tokens, 1)
             if self.reference is not None:
-                self.results["kl"] = kl / max(tokens, 1)
+                self.results["kl"] = kl / max(num_tokens, 1)
         self.update = (self.update + 1) % plan.updates
         batches[-1].resume = self.cursor
         return batches
 
-    def _weigh(self, batch: Batch, advantage_BT: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
-        """Set the batch's weights by a scoring pass; (tokens, clipped, sum of KL)."""
-        plan, inputs_BT, targets_BT = self.plan, batch.inputs_BT, batch.targets_BT
-        new_BT = log_probs(self.engine.model, inputs_BT, targets_BT)
-        if rows[0].old is None:
-            old_BT = new_BT
-            if plan.updates > 1:
-                for row, values in zip(rows, new_BT.tolist(), strict=True):
-                    row.old = values[: len(row.ids) - 1]
-        else:
-            old_BT = torch.zeros_like(new_BT)
-            for b, row in enumerate(rows):
-                old_BT[b, : len(row.ids) - 1] = torch.tensor(row.old)
+    def _weigh(self, batch: Batch, advantage_BT: Tensor, rows: Sequence[Row]) -> Tensor:
+        """Set the weights of a batch by a scoring pass; the sums of tokens, clipped tokens and KL."""
+        new_BT = log_probs(self.engine.model, batch.inputs_BT, batch.targets_BT)
+        old_BT = self._old_log_probs(new_BT, rows)
+        is_target_BT = batch.targets_BT != IGNORED
         reference_BT = None
+        kl = 0.0
         if self.reference is not None:
-            reference_BT = log_probs(self.reference, inputs_BT, targets_BT)
+            reference_BT = log_probs(self.reference, batch.inputs_BT, batch.targets_BT)
+            kl = float(kl_estimate(new_BT, reference_BT).double().sum())
         weights_BT, is_clipped_BT = token_weights(
-            advantage_BT, new_BT, old_BT, reference_BT, plan.clip, plan.kl
+            advantage_BT, new_BT, old_BT, reference_BT, self.plan.clip, self.plan.kl
         )
-        is_target_BT = targets_BT != IGNORED
         batch.weights_BT = weights_BT * is_target_BT
-        distance = 0.0 if reference_BT is None else float(kl_estimate(new_BT, reference_BT).double().sum())
-        clipped = float((is_clipped_BT & is_target_BT).sum())
-        return torch.tensor([float(batch.num_targets), clipped, distance], dtype=torch.float64)
+        num_clipped = float((is_clipped_BT & is_target_BT).sum())
+        return torch.tensor([float(batch.num_targets), num_clipped, kl], dtype=torch.float64)
+
+    def _old_log_probs(self, new_BT: Tensor, rows: Sequence[Row]) -> Tensor:
+        """Log-probabilities under the policy that sampled the rows: at the first update, the present one.
+
+        The first of several updates stores them in the rows for the later ones.
+        """
+        if rows[0].old_log_probs is None:
+            if self.plan.updates > 1:
+                for row, values in zip(rows, new_BT.tolist(), strict=True):
+                    row.old_log_probs = values[: len(row.ids) - 1]
+            return new_BT
+        old_BT = torch.zeros_like(new_BT)
+        for b, row in enumerate(rows):
+            old_BT[b, : len(row.ids) - 1] = torch.tensor(row.old_log_probs)
+        return old_BT
 
     def _share_scores(self, mine: Sequence[Sequence[Row]]) -> None:
-        """Every rank learns the scores of every row, so that any of them can save and continue the round."""
-        parts = self.rt.gather([[row.old for row in chunk] for chunk in mine])
-        W, B = self.rt.world_size, self.plan.device_batch
+        """Every rank learns the scores of every row, so that any rank can save and continue the round."""
+        parts = self.rt.gather([[row.old_log_probs for row in rows] for rows in mine])
         for i, row in enumerate(self.rows):
-            chunk, place = divmod(i, B)
-            row.old = parts[chunk % W][chunk // W][place]
+            chunk, place = divmod(i, self.plan.device_batch)
+            # Chunks were dealt out to the ranks in turn.
+            turn, rank = divmod(chunk, self.rt.world_size)
+            row.old_log_probs = parts[rank][turn][place]
 
 
-def make_batch(rows: Sequence[Row], device: torch.device) -> tuple[Batch, torch.Tensor]:
+def make_batch(rows: Sequence[Row], device: torch.device) -> tuple[Batch, Tensor]:
     """(batch without weights, advantages (B, T)) of rows, padded on the right where nothing is a target."""
     T = max(len(row.ids) for row in rows) - 1
     inputs_BT = torch.zeros((len(rows), T), dtype=torch.int64)
     targets_BT = torch.full((len(rows), T), IGNORED, dtype=torch.int64)
     for b, row in enumerate(rows):
         size = len(row.ids) - 1
-        ids, mask = torch.tensor(row.ids), torch.tensor(row.mask)
+        ids = torch.tensor(row.ids)
+        mask = torch.tensor(row.mask)
         inputs_BT[b, :size] = ids[:-1]
         targets_BT[b, :size] = torch.where(mask[1:] == 1, ids[1:], IGNORED)
     advantage_BT = torch.tensor([row.advantage for row in rows]).unsqueeze(1).expand(-1, T).contiguous()
@@ -302,14 +352,19 @@ def _pack(rows: Sequence[Row]) -> dict[str, Any]:
         "ids": np.array([i for row in rows for i in row.ids], dtype=np.int32),
         "mask": np.array([m for row in rows for m in row.mask], dtype=np.uint8),
         "advantages": np.array([row.advantage for row in rows], dtype=np.float64),
-        "old": np.array([x for row in rows for x in row.old or ()], dtype=np.float32),
+        "old": np.array([x for row in rows for x in row.old_log_probs or ()], dtype=np.float32),
     }
 
 
 def _unpack(packed: dict[str, Any]) -> list[Row]:
-    rows, at, seen = [], 0, 0
+    """The inverse of _pack."""
+    rows = []
+    start, old_start = 0, 0
     for size, advantage in zip(packed["sizes"].tolist(), packed["advantages"].tolist(), strict=True):
-        ids, mask = (packed[name][at : at + size].tolist() for name in ("ids", "mask"))
-        rows.append(Row(ids, mask, advantage, packed["old"][seen : seen + size - 1].tolist()))
-        at, seen = at + size, seen + size - 1
+        ids = packed["ids"][start : start + size].tolist()
+        mask = packed["mask"][start : start + size].tolist()
+        old = packed["old"][old_start : old_start + size - 1].tolist()
+        rows.append(Row(ids, mask, advantage, old))
+        start += size
+        old_start += size - 1
     return rows

@@ -16,7 +16,7 @@ from nanochat.gpt import GPTConfig
 from nanochat.runtime import Runtime
 from nanochat.train.checkpointing import join_arrays, split_arrays
 from nanochat.train.policy import log_probs
-from nanochat.train.rollout import Rollouts, RoundPlan, Row, ask, make_batch, question_at, row_of
+from nanochat.train.rollout import Rollouts, RoundPlan, Row, ask, make_batch, row_of, shuffled_index
 
 PLAN = RoundPlan(questions=2, samples=4, max_tokens=6, device_batch=3, engine_batch=5)
 
@@ -89,7 +89,7 @@ def test_groups_of_equal_rewards_are_dropped_counted_and_replaced() -> None:
     flat = rollouts(task=Checksums(1, same=0))
     batches = list(islice(flat, 3))
     assert [b.num_targets for b in batches] == [0, 0, 0] and flat.results["same_frac"] == 1.0
-    seen = [question_at(p, 6, 1) for p in range(4)]
+    seen = [shuffled_index(p, 6, 1) for p in range(4)]
     some = rollouts(task=Checksums(6, same=seen[0]))
     list(islice(some, 3))
     assert some.results["same_frac"] == 0.5 and some.results["groups"] == 1 and some.position == 2
@@ -99,7 +99,7 @@ def test_groups_of_equal_rewards_are_dropped_counted_and_replaced() -> None:
 
 
 def test_questions_are_all_asked_once_a_pass() -> None:
-    passes = [[question_at(p, 5, 1) for p in range(e * 5, e * 5 + 5)] for e in range(3)]
+    passes = [[shuffled_index(p, 5, 1) for p in range(e * 5, e * 5 + 5)] for e in range(3)]
     assert all(sorted(order) == list(range(5)) for order in passes) and passes[0] != passes[1]
 
 
