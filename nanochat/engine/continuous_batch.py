@@ -77,7 +77,7 @@ class Batch:
         return [row for row in everyone if row.finish_reason is None]
 
     @property
-    def room(self) -> int:
+    def num_free_rows(self) -> int:
         """How many more sequences could run at once."""
         return max(0, self.num_rows - len(self.rows))
 

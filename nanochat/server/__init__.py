@@ -1,4 +1,6 @@
-"""Talking to a model over HTTP. door: the port; server: routes; gate: who may enter; openai: requests;
-prompts: requests into sequences; worker: the engine's threads; answer: tokens into text; replies: shapes of
-answers; metrics; serving: the loop and signals; page: the browser.
+"""Talking to a model over HTTP.
+
+door: the port; app: routes; middleware: access; schemas: bodies of requests; requests: bodies into sequences;
+engine_thread: the engine's threads; streaming: tokens into text; replies: bodies of answers; metrics;
+serving: event loop and signals; page: the browser.
 """

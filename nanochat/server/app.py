@@ -1,7 +1,7 @@
 """The server: the page at /, OpenAI's API under /v1 (and without it), /health, /metrics.
 
-Every request passes the gate (gate.py); a completion becomes sequences (prompts.py), runs in the engine's
-thread (worker.py), and comes back as text (answer.py) in OpenAI's shapes (replies.py).
+Every request passes the access checks (middleware.py); a completion becomes sequences (requests.py), runs in
+the engine's thread (engine_thread.py), and comes back as text (streaming.py) in OpenAI's shapes (replies.py).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from nanochat.engine import Engine
 from nanochat.server import middleware as gate
 from nanochat.server import schemas as openai
 from nanochat.server.door import RETRY_SECONDS, health_body
-from nanochat.server.engine_thread import Busy, Fleet, Job
+from nanochat.server.engine_thread import EngineGroup, EngineRequest, QueueFull
 from nanochat.server.metrics import Metrics
-from nanochat.server.middleware import EventStream, Gate, Log
+from nanochat.server.middleware import AccessMiddleware, EventStream, Log
 from nanochat.server.replies import ChatReply, TextReply, TokenNames
 from nanochat.server.requests import Defaults, Prepared, Prompts
 from nanochat.server.schemas import (
@@ -88,11 +88,11 @@ def create_app(
     `name` is the model's id, temperature and top_k its defaults; num_rows is per engine; max_per_key 0 is no
     limit. While app.state.is_draining, new completions and /health answer 503.
     """
-    fleet = Fleet(
+    group = EngineGroup(
         [engines] if isinstance(engines, Engine) else list(engines), num_rows, max_waiting, max_wait_seconds
     )
-    tok, context = fleet.engine.tokenizer, fleet.engine.context
-    prompts, names, metrics = Prompts(fleet.engine, Defaults(temperature, top_k)), TokenNames(tok), Metrics()
+    tok, context = group.engine.tokenizer, group.engine.context
+    prompts, names, metrics = Prompts(group.engine, Defaults(temperature, top_k)), TokenNames(tok), Metrics()
     files = page_files()
     per_key: Counter[str] = Counter()
     told: set[str] = set()
@@ -100,24 +100,26 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        fleet.start()
+        group.start()
         yield
-        fleet.stop()
+        group.stop()
 
     app = FastAPI(title="nanochat", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.is_draining, app.state.fleet, app.state.hosts = False, fleet, hosts
-    app.state.health = lambda: "draining" if app.state.is_draining else "ok" if fleet.is_alive else "dead"
+    app.state.is_draining = False
+    app.state.group = group
+    app.state.hosts = hosts
+    app.state.health = lambda: "draining" if app.state.is_draining else "ok" if group.is_alive else "dead"
     completion_paths = {
         prefix + path for prefix in ("/v1/", "/") for path in ("chat/completions", "completions")
     }
 
-    def turned_away(scope: Any) -> ApiError | None:
+    def refusal_before_routing(scope: Any) -> ApiError | None:
         """Why a completion cannot be taken at this moment, told before it costs more."""
         if scope["method"] != "POST" or scope["path"] not in completion_paths:
             return None
         if app.state.is_draining:
             error = ApiError(503, "the server is stopping", retry_after=10)
-        elif wait := fleet.full_for():
+        elif wait := group.seconds_until_free():
             error = too_many(wait)
         elif max_per_key and per_key[scope["key"]] >= max_per_key:
             error = ApiError(
@@ -129,13 +131,13 @@ def create_app(
         return error
 
     app.add_middleware(
-        Gate,
+        AccessMiddleware,
         hosts=hosts,
         origins=origins,
         keys=keys,
         public={"/health", *files},
         log=log,
-        turned_away=turned_away,
+        reject=refusal_before_routing,
     )
 
     @app.exception_handler(ApiError)
@@ -145,7 +147,7 @@ def create_app(
 
     @app.exception_handler(404)
     @app.exception_handler(405)
-    async def nowhere(_: Request, error: Exception) -> JSONResponse:
+    async def not_found(_: Request, error: Exception) -> JSONResponse:
         status = getattr(error, "status_code", 404)
         headers = getattr(error, "headers", None)
         return JSONResponse(
@@ -159,7 +161,7 @@ def create_app(
 
     @app.get("/metrics")
     async def show_metrics() -> PlainTextResponse:
-        return PlainTextResponse(metrics.text(gauges(fleet)), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(metrics.text(gauges(group)), media_type="text/plain; version=0.0.4")
 
     @app.get("/settings")
     async def settings() -> dict[str, Any]:
@@ -189,7 +191,7 @@ def create_app(
 
     async def parsed(request: Request, shape: type[R]) -> R:
         body = await gate.read_body(request)
-        return await aside(len(body), openai.parse, body, shape)
+        return await run_in_thread(len(body), openai.parse, body, shape)
 
     async def complete(
         request: Request,
@@ -202,12 +204,12 @@ def create_app(
             told.update(new)
             log({"event": "unknown fields", "fields": sorted(field[:40] for field in new)})
         key = request.scope["key"]
-        prepared = await aside(int(request.headers.get("content-length", LONG)), prepare, asked, key)
-        job = Job(prepared.sequences)
+        prepared = await run_in_thread(int(request.headers.get("content-length", LONG)), prepare, asked, key)
+        engine_request = EngineRequest(prepared.sequences)
         try:
-            fleet.submit(job)
-        except Busy as busy:
-            raise too_many(busy.retry_after) from None
+            group.submit(engine_request)
+        except QueueFull as full:
+            raise too_many(full.retry_after) from None
         per_key[key] += 1
         request.scope["facts"] |= {
             "id": reply.id,
@@ -215,7 +217,7 @@ def create_app(
             **({"key": key} if key else {}),
         }
         answer = Answer(
-            job,
+            engine_request,
             prepared.choices,
             reply,
             num_prompt=prepared.num_prompt,
@@ -253,11 +255,11 @@ def create_app(
 
     async def tokenize(request: Request) -> dict[str, Any]:
         asked = await parsed(request, TokenizeRequest)
-        return {"tokens": await aside(len(asked.prompt), prompts.tokenize, asked.prompt)}
+        return {"tokens": await run_in_thread(len(asked.prompt), prompts.tokenize, asked.prompt)}
 
     async def detokenize(request: Request) -> dict[str, Any]:
         asked = await parsed(request, DetokenizeRequest)
-        return {"prompt": await aside(len(asked.tokens), prompts.detokenize, asked.tokens)}
+        return {"prompt": await run_in_thread(len(asked.tokens), prompts.detokenize, asked.tokens)}
 
     async def tokenizer_info() -> dict[str, Any]:
         return prompts.tokenizer_info()
@@ -290,18 +292,18 @@ def create_app(
     return app
 
 
-async def aside(size: int, work: Callable[..., T], *arguments: Any) -> T:
-    """work(*arguments), in a thread where it is long, so that the answers of others go on."""
-    return await asyncio.to_thread(work, *arguments) if size >= LONG else work(*arguments)
+async def run_in_thread(num_bytes: int, work: Callable[..., T], *arguments: Any) -> T:
+    """work(*arguments); for a long request in a thread, so that the event loop goes on with other answers."""
+    return await asyncio.to_thread(work, *arguments) if num_bytes >= LONG else work(*arguments)
 
 
-def gauges(fleet: Fleet) -> dict[str, tuple[str, float]]:
+def gauges(group: EngineGroup) -> dict[str, tuple[str, float]]:
     """What is so at this moment; figures of the cache where the engine tells them."""
     found: dict[str, tuple[str, float]] = {
-        "requests_running": ("Sequences that are computed now.", fleet.num_running),
-        "requests_waiting": ("Requests that wait for a row.", fleet.num_waiting),
+        "requests_running": ("Sequences that are computed now.", group.num_running),
+        "requests_waiting": ("Requests that wait for a row.", group.num_waiting),
     }
-    batches = [worker.batch for worker in fleet.workers if hasattr(worker.batch, "scheduler")]
+    batches = [thread.batch for thread in group.threads if hasattr(thread.batch, "scheduler")]
     pools = [pool for batch in batches for pool in batch.blocks.pools]
     if batches:
         used = sum(sum(count > 0 for count in pool.refs[1:]) for pool in pools)  # block 0 is padding

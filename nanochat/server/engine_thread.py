@@ -1,8 +1,8 @@
-"""The engine's threads: requests of many people in one batch, their tokens handed to the event loop.
+"""The engine's threads: the requests of many people in one batch.
 
-The event loop never waits for a model: each step's tokens arrive there in one call. A request is cancelled by
-giving its sequences a finish_reason; their rows are free one step later. A Fleet is several workers, one
-per GPU.
+The event loop never waits for a model: all tokens of a step reach it in one call. A request is cancelled by
+giving its sequences a finish_reason; their rows are free one step later. An EngineGroup is several threads,
+one per GPU.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import threading
 import time
 from collections import deque
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -20,40 +21,50 @@ import torch
 
 from nanochat.engine.engine import Engine, Sequence
 
-News = tuple["Job", int, list[int]]  # a job, the index of its sequence, its new tokens (none: it has ended)
 
-
-class Busy(Exception):
-    """The queue is full; retry_after is a guess in seconds."""
+class QueueFull(Exception):
+    """No more requests can wait; retry_after is a guess in seconds."""
 
     def __init__(self, retry_after: int) -> None:
         super().__init__(retry_after)
         self.retry_after = retry_after
 
 
-class Job:
-    """One request: its sequences, and news of them: (index, new tokens; none at the end of that one).
+@dataclass(frozen=True)
+class NewTokens:
+    """New tokens of one sequence of a request; no tokens: the sequence has ended."""
 
-    What waits is bounded by the sequences' own limits. `error` is (status, message) if it ended early.
-    put and get are for the event loop alone.
+    index: int
+    tokens: list[int]
+
+    @property
+    def is_end(self) -> bool:
+        return not self.tokens
+
+
+class EngineRequest:
+    """The sequences of one HTTP request, and the queue through which their tokens reach the event loop.
+
+    Call it from the event loop, except `fail` and `cancel`, which any thread may call. The queue is bounded
+    by the sequences' own limits. `error` is (status, message) if the request ended early.
     """
 
     def __init__(self, sequences: list[Sequence]) -> None:
         self.sequences = sequences
-        self._news: deque[tuple[int, list[int]]] = deque()
-        self._waiter: asyncio.Future[None] | None = None
         self.error: tuple[int, str] | None = None
+        self.queued_at = time.monotonic()
         self.loop = asyncio.get_running_loop()
-        self.since = time.monotonic()
-        self.num_left = len(sequences)
+        self._arrived: deque[NewTokens] = deque()
+        self._waiter: asyncio.Future[None] | None = None
 
-    def put(self, index: int, tokens: list[int]) -> None:
-        self._news.append((index, tokens))
+    def put(self, new: NewTokens) -> None:
+        self._arrived.append(new)
         self._wake()
 
-    async def get(self, seconds: float) -> tuple[int, list[int]]:
-        """The oldest news. Raises asyncio.TimeoutError when none come; unlike wait_for it makes no task."""
-        if not self._news:
+    async def get(self, seconds: float) -> NewTokens:
+        """The oldest tokens that were not taken. Raises asyncio.TimeoutError if none come in time."""
+        if not self._arrived:
+            # asyncio.wait_for would make a task for every token.
             self._waiter = self.loop.create_future()
             alarm = self.loop.call_later(seconds, self._wake)
             try:
@@ -61,37 +72,62 @@ class Job:
             finally:
                 alarm.cancel()
                 self._waiter = None
-            if not self._news:
+            if not self._arrived:
                 raise asyncio.TimeoutError
-        return self._news.popleft()
+        return self._arrived.popleft()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     def cancel(self) -> None:
-        """Give the rows back; nothing happens to sequences that have ended."""
+        """Give the rows back; sequences that have ended stay as they are."""
         for sequence in self.sequences:
             sequence.finish_reason = sequence.finish_reason or "abort"
+
+    def fail(self, status: int, message: str) -> None:
+        """End the request with an error, unless it has one."""
+        self.error = self.error or (status, message)
+        self.cancel()
 
     @property
     def is_over(self) -> bool:
         return all(sequence.finish_reason is not None for sequence in self.sequences)
 
 
-class Worker:
-    """Runs up to num_rows sequences of one engine at once and lets max_waiting requests wait."""
+@dataclass
+class QueuedSequence:
+    """One sequence of a request, waiting or running. num_sent: tokens that the event loop has been told."""
+
+    request: EngineRequest
+    index: int
+    num_sent: int = 0
+
+    @property
+    def sequence(self) -> Sequence:
+        return self.request.sequences[self.index]
+
+    @property
+    def is_first(self) -> bool:
+        """Each request is counted once, by its first sequence."""
+        return self.index == 0
+
+
+class EngineThread:
+    """Runs up to num_rows sequences of one engine at once; up to max_waiting requests may wait."""
 
     def __init__(
         self, engine: Engine, num_rows: int, max_waiting: int, max_wait_seconds: float = 60.0
     ) -> None:
-        self.engine, self._num_rows, self._max_waiting = engine, num_rows, max_waiting
-        self._max_wait_seconds = max_wait_seconds
-        self._waiting: deque[tuple[Job, int]] = deque()
-        self._running: dict[int, tuple[Job, int, int]] = {}  # id of a sequence -> job, index, tokens told
-        self._wake = threading.Condition()
-        self._is_stopping = False
+        self.engine = engine
         self.batch: Any = None
+        self._num_rows = num_rows
+        self._max_waiting = max_waiting
+        self._max_wait_seconds = max_wait_seconds
+        self._queue: deque[QueuedSequence] = deque()
+        self._running: list[QueuedSequence] = []
+        self._changed = threading.Condition()
+        self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -99,9 +135,9 @@ class Worker:
 
     def stop(self) -> None:
         """End the thread after the current step; unfinished requests end with an error."""
-        with self._wake:
+        with self._changed:
             self._is_stopping = True
-            self._wake.notify()
+            self._changed.notify()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -115,31 +151,34 @@ class Worker:
 
     @property
     def num_waiting(self) -> int:
-        """Requests none of whose rows has been admitted."""
-        with self._wake:
-            return len({id(job) for job, index in self._waiting if index == 0 and not job.is_over})
+        """Requests none of whose sequences runs."""
+        with self._changed:
+            return sum(entry.is_first and not entry.request.is_over for entry in self._queue)
 
-    def submit(self, job: Job) -> None:
-        """Queue a request. Raises Busy when too many wait already, or when the engine is stopping."""
-        with self._wake:
-            if seconds := self._full_for():
-                raise Busy(seconds)
-            self._waiting.extend((job, index) for index in range(len(job.sequences)))
-            self._wake.notify()
+    def submit(self, request: EngineRequest) -> None:
+        """Queue a request. Raises QueueFull if too many wait already, and when the engine is stopping."""
+        with self._changed:
+            if seconds := self._seconds_until_free():
+                raise QueueFull(seconds)
+            self._queue.extend(QueuedSequence(request, index) for index in range(len(request.sequences)))
+            self._changed.notify()
 
-    def full_for(self) -> int:
-        """0 while requests are taken, else a guess how many seconds it will take until they are."""
-        with self._wake:
-            return self._full_for()
+    def seconds_until_free(self) -> int:
+        """0 while requests are accepted, else a guess how many seconds it will take."""
+        with self._changed:
+            return self._seconds_until_free()
 
-    def _full_for(self) -> int:
-        num_free = self._num_rows - len(self._running)
-        if len(self._waiting) < num_free and not self._is_stopping:
+    def _seconds_until_free(self) -> int:
+        num_free_rows = self._num_rows - len(self._running)
+        if len(self._queue) < num_free_rows and not self._is_stopping:
             return 0
-        queued = islice(self._waiting, max(0, num_free), None)  # the others are about to enter
-        num_queued = sum(index == 0 and not job.is_over for job, index in queued)
-        is_full = num_queued >= self._max_waiting or self._is_stopping
-        return 1 + 2 * math.ceil(num_queued / self._num_rows) if is_full else 0
+        # The sequences that fit into free rows are admitted in the next step and do not count as waiting.
+        waiting = islice(self._queue, max(0, num_free_rows), None)
+        num_waiting = sum(entry.is_first and not entry.request.is_over for entry in waiting)
+        is_full = num_waiting >= self._max_waiting or self._is_stopping
+        return 1 + 2 * math.ceil(num_waiting / self._num_rows) if is_full else 0
+
+    # ---------------------------------------------------------------- the thread
 
     def _run(self) -> None:
         device = self.engine.model.get_device()
@@ -149,122 +188,134 @@ class Worker:
     def _serve(self) -> None:
         self.batch = self._new_batch()
         while True:
-            with self._wake:
-                while not (self._waiting or self._running or self._is_stopping):
-                    self._wake.wait()
+            with self._changed:
+                while not (self._queue or self._running or self._is_stopping):
+                    self._changed.wait()
                 if self._is_stopping:
                     break
-                joining = self._joining()
+                admitted = self._admit()
             try:
-                self._step(joining)
-            except (
-                Exception
-            ) as error:  # one bad step must not silence the server: tell everybody, start afresh
-                self._end_all((500, f"the engine failed: {type(error).__name__}"))
+                self._step(admitted)
+            except Exception as error:
+                # One failed step must not end the server: fail the requests and start with a fresh batch.
+                self._fail_running(500, f"the engine failed: {type(error).__name__}")
                 self.batch = self._new_batch()
-        with self._wake:
-            self._running |= {id(job.sequences[i]): (job, i, 0) for job, i in self._waiting}
-            self._waiting.clear()
-        self._end_all((503, "the server is stopping"))
+        with self._changed:
+            self._running.extend(self._queue)
+            self._queue.clear()
+        self._fail_running(503, "the server is stopping")
 
     def _new_batch(self) -> Any:
-        how = {"in_bursts": True} if self.engine.speculate else {}
-        return self.engine.open_batch(self._num_rows, self.engine.context, **how)
+        options = {"in_bursts": True} if self.engine.speculate else {}
+        return self.engine.open_batch(self._num_rows, self.engine.context, **options)
 
-    def _joining(self) -> list[tuple[Job, int]]:
-        """Those who enter now, in the order of their arrival; who has waited too long is sent away."""
-        late = time.monotonic() - self._max_wait_seconds
-        news: list[News] = []
-        for job, index in list(self._waiting):
-            if job.since < late and index == 0 and not job.is_over:
-                job.error = (503, "the request has waited too long")
-                job.cancel()
-        for job, index in [entry for entry in self._waiting if entry[0].is_over]:
-            self._waiting.remove((job, index))
-            news.append((job, index, []))
-        self._tell(news)
-        room = min(self.batch.room, len(self._waiting))
-        return [self._waiting.popleft() for _ in range(room)]
+    def _admit(self) -> list[QueuedSequence]:
+        """Remove from the queue, first come first served, the sequences that fit into the running batch."""
+        self._fail_expired_requests()
+        self._drop_finished_requests()
+        num_admitted = min(self.batch.num_free_rows, len(self._queue))
+        return [self._queue.popleft() for _ in range(num_admitted)]
 
-    def _step(self, joining: list[tuple[Job, int]]) -> None:
-        for job, index in joining:
-            self._running[id(job.sequences[index])] = (job, index, 0)
-        fresh = [job.sequences[i] for job, i in joining if job.sequences[i].finish_reason is None]
+    def _fail_expired_requests(self) -> None:
+        """Answer 503 to requests that were queued longer than max_wait_seconds and have not started."""
+        deadline = time.monotonic() - self._max_wait_seconds
+        for entry in self._queue:
+            request = entry.request
+            if entry.is_first and request.queued_at < deadline and not request.is_over:
+                request.fail(503, "the request has waited too long")
+
+    def _drop_finished_requests(self) -> None:
+        """Take requests that have ended while they waited out of the queue, and tell the event loop."""
+        finished = [entry for entry in self._queue if entry.request.is_over]
+        for entry in finished:
+            self._queue.remove(entry)
+        self._send([(entry, NewTokens(entry.index, [])) for entry in finished])
+
+    def _step(self, admitted: list[QueuedSequence]) -> None:
+        """Give every row a token, send the new tokens, compute what the next tokens need."""
+        self._running.extend(admitted)
+        fresh = [entry.sequence for entry in admitted if entry.sequence.finish_reason is None]
         if fresh:
             self.batch.admit(fresh)
         if self.batch.rows:
             self.batch.emit()
-        news: list[News] = []
-        for key, (job, index, told) in list(self._running.items()):
-            sequence = job.sequences[index]
-            is_over = sequence.finish_reason is not None  # read before the tokens: they cannot come after it
-            if new := sequence.output[told:]:
-                news.append((job, index, new))
-                self._running[key] = (job, index, told + len(new))
-            if is_over:
-                del self._running[key]
-                news.append((job, index, []))
-        self._tell(news)
+        news: list[tuple[QueuedSequence, NewTokens]] = []
+        still_running = []
+        for entry in self._running:
+            # Read before the tokens: no token can come after the end.
+            has_ended = entry.sequence.finish_reason is not None
+            tokens = entry.sequence.output[entry.num_sent :]
+            if tokens:
+                entry.num_sent += len(tokens)
+                news.append((entry, NewTokens(entry.index, tokens)))
+            if has_ended:
+                news.append((entry, NewTokens(entry.index, [])))
+            else:
+                still_running.append(entry)
+        self._running = still_running
+        self._send(news)
         self.batch.compute()
 
-    def _end_all(self, error: tuple[int, str]) -> None:
-        ended = list(self._running.values())
-        self._running.clear()
-        for job, _, _ in ended:
-            job.error = job.error or error
-            job.cancel()
-        self._tell([(job, index, []) for job, index, _ in ended])
+    def _fail_running(self, status: int, message: str) -> None:
+        ended, self._running = self._running, []
+        for entry in ended:
+            entry.request.fail(status, message)
+        self._send([(entry, NewTokens(entry.index, [])) for entry in ended])
 
-    def _tell(self, news: list[News]) -> None:
-        by_loop: dict[asyncio.AbstractEventLoop, list[News]] = {}
-        for item in news:
-            by_loop.setdefault(item[0].loop, []).append(item)
+    def _send(self, news: list[tuple[QueuedSequence, NewTokens]]) -> None:
+        """Hand tokens to the event loop of each request, in one call for each loop."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[QueuedSequence, NewTokens]]] = {}
+        for entry, new in news:
+            by_loop.setdefault(entry.request.loop, []).append((entry, new))
         for loop, items in by_loop.items():
-            with contextlib.suppress(RuntimeError):  # the loop has closed: nobody is waiting there
+            # A loop that has closed: nobody is waiting there.
+            with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(_deliver, items)
 
 
-def _deliver(items: list[News]) -> None:
-    for job, index, tokens in items:
-        job.put(index, tokens)
+def _deliver(items: list[tuple[QueuedSequence, NewTokens]]) -> None:
+    for entry, new in items:
+        entry.request.put(new)
 
 
-class Fleet:
-    """One worker per engine. All engines hold the same model; a request goes to the least busy one."""
+class EngineGroup:
+    """One thread per engine. All engines hold the same model; a request goes to the least busy one."""
 
     def __init__(
         self, engines: list[Engine], num_rows: int, max_waiting: int, max_wait_seconds: float = 60.0
     ) -> None:
-        each = max(1, max_waiting // len(engines))
-        self.workers = [Worker(engine, num_rows, each, max_wait_seconds) for engine in engines]
+        max_waiting_each = max(1, max_waiting // len(engines))
+        self.threads = [
+            EngineThread(engine, num_rows, max_waiting_each, max_wait_seconds) for engine in engines
+        ]
         self.engine = engines[0]
 
     def start(self) -> None:
-        for worker in self.workers:
-            worker.start()
+        for thread in self.threads:
+            thread.start()
 
     def stop(self) -> None:
-        for worker in self.workers:
-            worker.stop()
+        for thread in self.threads:
+            thread.stop()
 
     @property
     def is_alive(self) -> bool:
-        return all(worker.is_alive for worker in self.workers)
+        return all(thread.is_alive for thread in self.threads)
 
     @property
     def num_running(self) -> int:
-        return sum(worker.num_running for worker in self.workers)
+        return sum(thread.num_running for thread in self.threads)
 
     @property
     def num_waiting(self) -> int:
-        return sum(worker.num_waiting for worker in self.workers)
+        return sum(thread.num_waiting for thread in self.threads)
 
-    def full_for(self) -> int:
-        """0 while a worker takes requests, else a guess in seconds."""
-        return min(worker.full_for() for worker in self.workers)
+    def seconds_until_free(self) -> int:
+        """0 while a thread accepts requests, else a guess in seconds."""
+        return min(thread.seconds_until_free() for thread in self.threads)
 
-    def submit(self, job: Job) -> None:
-        """Queue a request with the least busy worker; among equals, who shares a beginning stays together."""
-        start = hash(tuple(job.sequences[0].prompt[:64])) % len(self.workers)
-        turned = self.workers[start:] + self.workers[:start]
-        min(turned, key=lambda worker: worker.num_running + worker.num_waiting).submit(job)
+    def submit(self, request: EngineRequest) -> None:
+        """Queue a request with the least busy thread; among equals, equal beginnings stay together."""
+        first = hash(tuple(request.sequences[0].prompt[:64])) % len(self.threads)
+        rotated = self.threads[first:] + self.threads[:first]
+        min(rotated, key=lambda thread: thread.num_running + thread.num_waiting).submit(request)

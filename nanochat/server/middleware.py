@@ -40,12 +40,17 @@ def log_line(record: dict[str, Any]) -> None:
     print(json.dumps(record, ensure_ascii=False), file=sys.stderr, flush=True)
 
 
-class Gate:
-    """Refuses foreign Hosts and Origins (403) and missing keys (401), and logs each request when it is over.
+class AccessMiddleware:
+    """Check the Host header, the Origin header and the API key of every request; log it when it ends.
 
-    hosts and origins are those allowed beside this machine's names and the server's own origin. Without keys
-    nobody needs one. Whom turned_away(scope) gives an error is refused before any route is looked for: after
-    the body, or the answer could be lost. The log holds no text of any conversation.
+    Args:
+        hosts: host names accepted besides loopback names; any other Host gets 403.
+        origins: origins accepted besides the server's own; any other Origin gets 403.
+        keys: valid API keys. If empty, no key is required.
+        public: paths that need no key.
+        log: called with a record of each request. It never contains text of a conversation.
+        reject: called with the ASGI scope before routing. If it returns an error, the request body is read
+            first (a client that is still sending would otherwise miss the answer), then the error is sent.
     """
 
     def __init__(
@@ -57,9 +62,12 @@ class Gate:
         keys: Collection[str],
         public: Collection[str],
         log: Log | None,
-        turned_away: Callable[[Any], ApiError | None] = lambda scope: None,
+        reject: Callable[[Any], ApiError | None] = lambda scope: None,
     ) -> None:
-        self._app, self._public, self._log, self._turned_away = app, frozenset(public), log, turned_away
+        self._app = app
+        self._public = frozenset(public)
+        self._log = log
+        self._reject = reject
         self._hosts = {*LOCAL_HOSTS, *(host.lower() for host in hosts)}
         self._origins = {origin.lower().rstrip("/") for origin in origins}
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
@@ -87,13 +95,14 @@ class Gate:
                 await Response(status_code=204)(scope, receive, watched)
             else:
                 self._check(scope, headers)
-                if refusal := self._turned_away(scope):
+                if refusal := self._reject(scope):
                     await read_body(Request(scope, receive))
                     raise refusal
                 await self._app(scope, receive, watched)
         except ApiError as error:
             await JSONResponse(error.body, error.status, error.headers)(scope, receive, watched)
-        except Exception as error:  # told without its message, which may hold text of a conversation
+        except Exception as error:
+            # The message of an exception may contain text of a conversation: only its type is logged.
             facts["error"] = type(error).__name__
             facts["where"] = [f"{f.name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[-3:]]
             if not facts["status"]:

@@ -110,8 +110,8 @@ def make_server(app: Any, drain_seconds: float, door: Door | None = None) -> Any
             self.draining = self.loop.create_task(self.drain())
 
         async def drain(self) -> None:
-            fleet, end = app.state.fleet, self.loop.time() + drain_seconds
-            while (fleet.num_running or fleet.num_waiting) and self.loop.time() < end:
+            group, end = app.state.group, self.loop.time() + drain_seconds
+            while (group.num_running or group.num_waiting) and self.loop.time() < end:
                 await asyncio.sleep(0.05)
             self.should_exit = True
 

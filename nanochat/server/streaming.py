@@ -11,7 +11,7 @@ from nanochat import chat_format as chat
 from nanochat.engine.detokenizer import PartDecoder, StopFilter
 from nanochat.engine.engine import Sequence
 from nanochat.server import replies
-from nanochat.server.engine_thread import Job
+from nanochat.server.engine_thread import EngineRequest, NewTokens
 from nanochat.server.replies import Entries, Part, Reply
 from nanochat.server.schemas import ApiError
 
@@ -100,7 +100,7 @@ class Answer:
 
     def __init__(
         self,
-        job: Job,
+        request: EngineRequest,
         choices: list[Choice],
         reply: Reply,
         *,
@@ -109,9 +109,13 @@ class Answer:
         max_seconds: float,
         on_end: Callable[[Answer], None],
     ) -> None:
-        self.job, self.choices, self.reply, self.num_prompt = job, choices, reply, num_prompt
-        self._has_logprobs, self._on_end = has_logprobs, on_end
-        self._deadline = job.since + max_seconds
+        self.request = request
+        self.choices = choices
+        self.reply = reply
+        self.num_prompt = num_prompt
+        self._has_logprobs = has_logprobs
+        self._on_end = on_end
+        self._deadline = request.queued_at + max_seconds
         self.first_seconds: float | None = None
         self.seconds: float | None = None  # in all, once it is over
         self.error: ApiError | None = None
@@ -169,41 +173,41 @@ class Answer:
         try:
             while num_left:
                 try:
-                    index, tokens = await self._next(ping_seconds)
+                    new = await self._next(ping_seconds)
                 except asyncio.TimeoutError:
                     if time.monotonic() >= self._deadline:
                         self.error = ApiError(500, "the answer took too long")
                         return
                     yield -1, [], []
                     continue
-                choice = self.choices[index]
+                choice = self.choices[new.index]
                 if choice.is_over:
                     continue
-                if tokens and self.first_seconds is None:
-                    self.first_seconds = time.monotonic() - self.job.since
-                if not tokens and self.job.error:
-                    self.error = ApiError(*self.job.error)
+                if new.tokens and self.first_seconds is None:
+                    self.first_seconds = time.monotonic() - self.request.queued_at
+                if new.is_end and self.request.error:
+                    self.error = ApiError(*self.request.error)
                     return
-                parts, entries = choice.push(tokens) if tokens else choice.flush()
-                if not tokens or choice.has_hit:
+                parts, entries = choice.flush() if new.is_end else choice.push(new.tokens)
+                if new.is_end or choice.has_hit:
                     choice.is_over = True
                     num_left -= 1
                     sequence = choice.sequence
                     sequence.finish_reason = sequence.finish_reason or "abort"
-                yield index, parts, entries
+                yield new.index, parts, entries
         finally:
             self.end()
 
     def end(self) -> None:
         """Give the rows back and tell on_end, once. For callers who have gone before the first piece, too."""
         if self.seconds is None:
-            self.seconds = time.monotonic() - self.job.since
-            self.job.cancel()
+            self.seconds = time.monotonic() - self.request.queued_at
+            self.request.cancel()
             self._on_end(self)
 
-    async def _next(self, ping_seconds: float) -> tuple[int, list[int]]:
+    async def _next(self, ping_seconds: float) -> NewTokens:
         left = self._deadline - time.monotonic()
-        return await self.job.get(max(0.0, min(left, ping_seconds)))
+        return await self.request.get(max(0.0, min(left, ping_seconds)))
 
     @property
     def num_output(self) -> int:
@@ -218,7 +222,7 @@ class Answer:
         return replies.usage(self.num_prompt, self.num_output, min(self.num_cached, self.num_prompt))
 
     def timings(self) -> dict[str, float]:
-        first, seconds = self.first_seconds or 0.0, time.monotonic() - self.job.since
+        first, seconds = self.first_seconds or 0.0, time.monotonic() - self.request.queued_at
         rate = (self.num_output - 1) / (seconds - first) if seconds > first and self.num_output > 1 else 0.0
         return {
             "first_token_seconds": round(first, 4),

@@ -213,12 +213,12 @@ def test_ended_by_somebody_else() -> None:
     batch = engine_module.Batch(MODEL, 2, 50)
     rows = [ENGINE.start(prompt(n), engine_module.Sampling(0.0), 20) for n in (4, 6)]
     batch.admit(rows)
-    assert batch.emit() == [] and batch.room == 0  # nothing is computed yet
+    assert batch.emit() == [] and batch.num_free_rows == 0  # nothing is computed yet
     batch.compute()
     assert batch.emit() == rows
     rows[0].finish_reason = "abort"
     batch.compute()
-    assert batch.emit() == [rows[1]] and batch.rows == [rows[1]] and batch.room == 1
+    assert batch.emit() == [rows[1]] and batch.rows == [rows[1]] and batch.num_free_rows == 1
     batch.compute()
     while batch.is_running:
         batch.emit()

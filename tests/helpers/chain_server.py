@@ -78,7 +78,7 @@ class Client:
 
     @property
     def model(self) -> Any:
-        return self.app.state.fleet.engine.model
+        return self.app.state.group.engine.model
 
     def close(self) -> None:
         self.server.should_exit = True

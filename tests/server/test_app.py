@@ -241,7 +241,7 @@ def test_error_shapes(caller: Client) -> None:
 def test_overload_only_200_429_and_health(counter: Client) -> None:
     with ThreadPoolExecutor(12) as pool:
         futures = [pool.submit(counter.ask, max_tokens=200) for _ in range(12)]
-        until(lambda: counter.app.state.fleet.num_running == 2)
+        until(lambda: counter.app.state.group.num_running == 2)
         assert counter.send("GET", "/health")[0] == 200
         assert not all(future.done() for future in futures)  # it did not wait for the answers
         found = [future.result() for future in futures]

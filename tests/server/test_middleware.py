@@ -190,7 +190,7 @@ def test_drain_503() -> None:
     client = Client(counter_app())
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(client.ask, max_tokens=150)
-        until(lambda: client.app.state.fleet.num_running == 1)
+        until(lambda: client.app.state.group.num_running == 1)
         client.server.handle_exit(signal.SIGTERM, None)
         until(lambda: client.app.state.is_draining)
         status, headers, _ = client.ask(max_tokens=2)
@@ -237,8 +237,8 @@ def test_a_stalled_reader_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     body = json.dumps({**ASK, "stream": True}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
     line.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
-    until(lambda: client.app.state.fleet.num_running == 1)
-    until(lambda: client.app.state.fleet.num_running == 0, seconds=60)
+    until(lambda: client.app.state.group.num_running == 1)
+    until(lambda: client.app.state.group.num_running == 0, seconds=60)
     assert len(client.model.num_rows) < 15_000
     line.close()
     client.close()
