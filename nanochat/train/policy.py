@@ -22,6 +22,7 @@ def advantages(rewards: Sequence[float], by_std: bool = False) -> list[float] | 
     [0.5, -0.5, -0.5, 0.5]
     """
     if max(rewards) - min(rewards) < SAME_REWARD:
+        # Without a difference there is nothing to learn from this question.
         return None
     mean = sum(rewards) / len(rewards)
     centred = [reward - mean for reward in rewards]
@@ -54,10 +55,12 @@ def token_weights(
     ratio_BT = (new_BT - old_BT).exp()
     weights_BT = advantage_BT * ratio_BT
     is_clipped_BT = torch.zeros_like(ratio_BT, dtype=torch.bool)
+    # PPO: beyond the limit, in the direction that the advantage pushes, the clamped branch has no gradient.
     if clip > 0:
         too_far = (advantage_BT > 0) & (ratio_BT > 1 + clip)
         is_clipped_BT = too_far | ((advantage_BT < 0) & (ratio_BT < 1 - clip))
         weights_BT = weights_BT.masked_fill(is_clipped_BT, 0.0)
+    # The derivative of -kl/2 (new - reference)^2 by log p.
     if kl > 0 and reference_BT is not None:
         weights_BT = weights_BT - kl * (new_BT - reference_BT)
     return weights_BT, is_clipped_BT

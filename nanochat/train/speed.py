@@ -29,8 +29,10 @@ KINDS = ("compile", "checkpoint", "fp8", "gather")
 
 
 def apply(model: Any, speed: str, rt: Runtime, backend: str = "inductor") -> None:
-    """Prepare `model` as `speed` says (names of KINDS with commas, "" for none). Raises UserError for
-    others."""
+    """Prepare `model` for training.
+
+    speed: names of KINDS with commas, "" for none. Raises UserError for other names.
+    """
     chosen = [name for name in speed.split(",") if name]
     if wrong := sorted(set(chosen) - set(KINDS)):
         raise UserError(
@@ -47,6 +49,7 @@ def apply(model: Any, speed: str, rt: Runtime, backend: str = "inductor") -> Non
             rt.say(f"speed: not compiled, because {reason}")
             return
         start = time.perf_counter()
+        # Blocks share one forward, and so one cache of graphs: it must hold every kind of layer.
         torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 16)
         for block in model.blocks:
             block.compile(dynamic=False, backend=backend)

@@ -1,4 +1,4 @@
-"""The loop: golden losses, exact resume, equal results for any split of a batch, the gate, empty steps."""
+"""The loop: golden losses, exact resume, equal results for any split of a batch, guards, empty steps."""
 
 from __future__ import annotations
 
@@ -29,6 +29,13 @@ from nanochat.train.loop import Rates, TrainState, every, fit
 from nanochat.train.stages import wait_frac
 from scripts import base_train, chat_sft, mid_train
 
+# How far a loss of the smoke run may be from its golden value. Rounding differs between processors and grows
+# with the steps. The largest differences of the 18 losses, measured in 2026-12 with one thread: 3.9e-5 with
+# AVX-512 (2.7e-5 with two threads), 7.3e-5 with ATEN_CPU_CAPABILITY=avx2, 1.4e-4 with =default (oneDNN and
+# MKL limited alike); 1.2e-4 was seen on a processor with AVX2 only. Twice the widest still shows small
+# changes of the mathematics: a QK scale of 1.21 instead of 1.2 moves the losses by 3.1e-4, a learning rate
+# 1 % higher by 2.7e-3.
+GOLDEN_TOLERANCE = 3e-4
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "losses.json").read_text())
 
 
@@ -57,11 +64,11 @@ def run(script: Any, home: Path, tag: str, *flags: str) -> None:
 def test_ten_golden_losses(home: Path) -> None:
     """One thread, fp32: a refactor that moves them is not one (python tests/golden/record.py).
 
-    At the plain rates: at the smoke preset's, steps amplify the rounding of other processors beyond 1e-4.
+    At the plain rates: at the smoke preset's, steps amplify the rounding of other processors far more.
     """
     run(base_train, home, "golden", "--lr-scale=1")
     found = [float.fromhex(loss) for loss in losses(home, "golden", "base")]
-    assert len(found) >= 10 and found == pytest.approx(GOLDEN["smoke_base"], abs=1e-4)
+    assert len(found) >= 10 and found == pytest.approx(GOLDEN["smoke_base"], abs=GOLDEN_TOLERANCE)
 
 
 @pytest.mark.slow
