@@ -53,7 +53,7 @@ def param_groups(
     """Groups for MuonAdamW; `weight_decay` is Muon's, `rates` replace the table's (wte_lr=0.2, ...).
 
     `lm_head_eps` is Adam's epsilon for lm_head. A target pulls its row with about 1/B_tok; without an epsilon
-    near that, rows of rare tokens, pushed down a little at every step, sink at the full rate (decisions, 27).
+    near that, rows of rare tokens, pushed down a little at every step, sink at the full rate (decisions, 29).
 
     `lr_scale` corrects the factor b, so it multiplies only the rates that have it: the scalars of smear and
     backout keep theirs, whatever the batch.

@@ -2,7 +2,7 @@
 
 Momentum, MuonEq row scaling, Polar Express orthogonalisation, Muon+ norm, NorMuon second moment and
 cautious decay. Vectors and matrices of a stack are updated by lists, so that a single process needs no
-copies of weights and gradients. On a CPU with a compiler what is not a product is optim.c; the PyTorch
+copies of weights and gradients. On a CPU with a compiler what is not a product is muon.c; the PyTorch
 lines serve everything else.
 """
 
@@ -145,7 +145,7 @@ def _native(
     ns_dtype: torch.dtype,
     rates: tuple[float, float],
 ) -> None:
-    """muon_ by optim.c; rates: (learning rate, decay)."""
+    """muon_ by muon.c; rates: (learning rate, decay)."""
     n, R, C = momentum_nRC.shape
     N_nRC, row_sq_nR = torch.empty_like(momentum_nRC), momentum_nRC.new_empty(n, R)
     for grad, state, nesterov, row_sq in zip(grads, momentum_nRC, N_nRC, row_sq_nR):

@@ -212,7 +212,8 @@ static const Tile FOUR_ROWS[][TOKENS] = {NAMES(FP32, 4), NAMES(BF16, 4)}; /* int
 DEFINE(FP32, 1) DEFINE(BF16, 1) DEFINE(INT8, 1)
 static const Tile ONE_ROW[][TOKENS] = {NAMES(FP32, 1), NAMES(BF16, 1), NAMES(INT8, 1)};
 
-/* num = 1 or 4 sums -> y, by the same instructions. relu is a maximum: a branch would be mispredicted half of the time. */
+/* num = 1 or 4 sums -> y, by the same instructions. relu is a maximum: a branch would be mispredicted half of
+ * the time. */
 INLINE void epilogue(float *to, const float *sums, const float *scale, int num, int kind) {
 #if HAS_AVX512
     __m128 values = _mm_loadu_ps(sums), by = _mm_set1_ps(1);
