@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.gpt import Linear
+from nanochat.gpt import GPT, Linear
 
 A, B = "lora_a", "lora_b"
 SCALE = "lora_scale"
@@ -45,7 +45,7 @@ class Adapted(Linear):
         return F.linear(x, self.weight.to(x.dtype)) + F.linear(thin, scaled)
 
 
-def add_adapters(model: Any, rank: int, alpha: float | None = None, seed: int = 0) -> int:
+def add_adapters(model: GPT, rank: int, alpha: float | None = None, seed: int = 0) -> int:
     """Freeze the model and put adapters on every matrix of its layers; how many numbers are trained.
 
     alpha: None takes 2 * rank. Raises ValueError for a rank below 1.
@@ -62,7 +62,7 @@ def add_adapters(model: Any, rank: int, alpha: float | None = None, seed: int = 
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def adapter_groups(model: Any, lr: float) -> list[dict[str, Any]]:
+def adapter_groups(model: GPT, lr: float) -> list[dict[str, Any]]:
     """The optimizer's groups: AdamW for the adapters alone, without decay."""
     params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return [{"kind": "adamw", "params": params, "lr": lr, "initial_lr": lr, "betas": (0.9, 0.99),

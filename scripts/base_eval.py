@@ -24,6 +24,7 @@ from nanochat.eval import core
 from nanochat.eval.bpb import evaluate_bpb
 from nanochat.home import Home
 from nanochat.progress import Bar
+from nanochat.protocols import Model, Tokenizer
 from nanochat.run_dir import open_stage
 
 
@@ -128,7 +129,7 @@ def bars(rt: runtime.Runtime) -> Callable[[str, int, int], None]:
     return show
 
 
-def continuations(model: Any, tok: Any, num_tokens: int) -> list[tuple[str, str]]:
+def continuations(model: Model, tok: Tokenizer, num_tokens: int) -> list[tuple[str, str]]:
     """(prompt, greedy continuation) of PROMPTS."""
     ids = [tok.encode(prompt, prepend=tok.get_bos_token_id()) for prompt in PROMPTS]
     room = [i for i, row in enumerate(ids) if len(row) < model.config.sequence_len]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from nanochat import config, errors
 from nanochat.config import DeviceSettings, setting
@@ -101,6 +101,7 @@ def replicas(engine: Engine, count: int | None) -> list[Engine]:
     import torch
 
     from nanochat.engine import Engine
+    from nanochat.gpt import GPT
 
     device = engine.model.get_device()
     num_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
@@ -112,7 +113,7 @@ def replicas(engine: Engine, count: int | None) -> list[Engine]:
     found = [engine]
     for index in range(1, count):
         place = torch.device("cuda", index) if num_gpus else device
-        model = copy.deepcopy(engine.model).to(place)
+        model = cast(GPT, copy.deepcopy(engine.model)).to(place)
         found.append(Engine(model, engine.tokenizer, engine.dtype, speculate=engine.speculate))
     return found
 

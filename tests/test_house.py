@@ -43,6 +43,7 @@ LAYERS = [
         "splitmix",
         "storage",
         "progress",
+        "protocols",
     },
 ]
 MAX_PYTHON_TOKENS = 178_500

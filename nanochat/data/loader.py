@@ -28,6 +28,7 @@ from nanochat.data.documents import Block, Cursor
 from nanochat.data.pack import CropPacker, cut_conversation, plan_whole
 from nanochat.data.sources import Source
 from nanochat.errors import UserError
+from nanochat.protocols import Tokenizer
 
 IGNORED = -1  # the target of a position that does not count
 NUM_AHEAD = 2  # batches waiting in the queue beside those of a whole step; one more is in the making
@@ -141,7 +142,7 @@ def _tensor(values: np.ndarray, rt: Any, dtype: torch.dtype = torch.int64) -> to
     return tensor.copy_(torch.from_numpy(values))
 
 
-def _encode(blocks: Iterator[Block], tok: Any) -> Iterator[tuple[np.ndarray, Block, int]]:
+def _encode(blocks: Iterator[Block], tok: Tokenizer) -> Iterator[tuple[np.ndarray, Block, int]]:
     """(token ids behind BOS, block, number in it) of each document, encoded a block at a time."""
     bos, num_threads = tok.get_bos_token_id(), min(4, os.cpu_count() or 1)
     for block in blocks:
@@ -154,7 +155,7 @@ def _encode(blocks: Iterator[Block], tok: Any) -> Iterator[tuple[np.ndarray, Blo
             yield tokens[ends[i] : ends[i + 1]], block, i
 
 
-def _check_tokenizer(source: Source, tok: Any) -> None:
+def _check_tokenizer(source: Source, tok: Tokenizer) -> None:
     if source.tokenizer not in (None, tok.fingerprint()):
         problem = f"the tokens of {source.name} were made with another tokenizer"
         raise UserError(problem, "restore that tokenizer, or make the shards again: scripts.tok_shards")
@@ -171,7 +172,7 @@ class DocumentBatches(Prefetched):
     """
 
     def __init__(
-        self, source: Source, tok: Any, *, sequence_len: int, device_batch: int, rt: Any,
+        self, source: Source, tok: Tokenizer, *, sequence_len: int, device_batch: int, rt: Any,
         cursor: dict[str, Any] | None = None, buffer_docs: int = 1000, policy: str = "split", accum: int = 1,
     ) -> None:  # fmt: skip
         packer = CropPacker(
@@ -193,7 +194,7 @@ class DocumentBatches(Prefetched):
 
 
 def _pack(
-    blocks: Iterator[Block], position: Any, tok: Any, packer: CropPacker, num_rows: int, rt: Any
+    blocks: Iterator[Block], position: Any, tok: Tokenizer, packer: CropPacker, num_rows: int, rt: Any
 ) -> Batches:
     encoded, made_by = _encode(blocks, tok), tok.fingerprint()
     where: Callable[[], Any] = lambda: position  # noqa: E731
@@ -253,7 +254,7 @@ class ValidationBatches:
 
 
 def validation_batches(
-    source: Source, tok: Any, *, sequence_len: int, device_batch: int, rt: Any, num_rows: int
+    source: Source, tok: Tokenizer, *, sequence_len: int, device_batch: int, rt: Any, num_rows: int
 ) -> ValidationBatches:
     """The first `num_rows` rows of the validation split, or as many as it holds; keeps this rank's share."""
     bos = tok.get_bos_token_id()
@@ -290,8 +291,8 @@ class ConversationBatches(Prefetched):
     """
 
     def __init__(
-        self, task: Sequence[Any], tok: Any, *, sequence_len: int, device_batch: int, rt: Any, seed: int,
-        epochs: float = 1.0, loss_on: str = "assistant", cursor: dict[str, Any] | None = None,
+        self, task: Sequence[Any], tok: Tokenizer, *, sequence_len: int, device_batch: int, rt: Any,
+        seed: int, epochs: float = 1.0, loss_on: str = "assistant", cursor: dict[str, Any] | None = None,
         rows_per_step: int | None = None, last: str = "wrap", borders: bool = True,
     ) -> None:  # fmt: skip
         if loss_on not in ("assistant", "all") or last not in ("wrap", "blank") or epochs <= 0:
@@ -345,7 +346,9 @@ def _lay_out(
 class _Conversations:
     """Lengths and plans of all conversations; tokens of as many as CACHED_TOKENS holds, others made again."""
 
-    def __init__(self, task: Sequence[Any], tok: Any, row_tokens: int, on_all: bool, rt: Any, seed: int):
+    def __init__(
+        self, task: Sequence[Any], tok: Tokenizer, row_tokens: int, on_all: bool, rt: Any, seed: int
+    ):
         self.task, self.tok, self.row_tokens, self.on_all, self.seed = task, tok, row_tokens, on_all, seed
         self.bos, self.end = tok.get_bos_token_id(), tok.encode_special("<|assistant_end|>")
         self._cache: dict[int, tuple[np.ndarray, np.ndarray]] = {}

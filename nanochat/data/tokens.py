@@ -20,6 +20,7 @@ from nanochat.data.download.transfer import hash_file, publish
 from nanochat.data.files import FileSource
 from nanochat.errors import UserError
 from nanochat.home import read_json, write_json
+from nanochat.protocols import Tokenizer
 
 TOKENS_FILE, FORMAT = "tokens.json", 1
 
@@ -38,7 +39,7 @@ def read_facts(directory: Path) -> dict[str, Any]:
 
 
 def write_shards(
-    source: FileSource, tok: Any, directory: Path, *, shard_bytes: int, num_threads: int | None = None
+    source: FileSource, tok: Tokenizer, directory: Path, *, shard_bytes: int, num_threads: int | None = None
 ) -> Iterator[dict[str, int]]:
     """Encode `source` into `directory`, each document once; yields running counts, tokens.json comes last."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -80,7 +81,9 @@ class _Writer:
             use_dictionary=False, write_statistics=False, write_page_checksum=True,
         )  # fmt: skip
 
-    def add(self, texts: Any, tok: Any, dtype: np.dtype, threads: int | None, counts: dict[str, int]) -> None:
+    def add(
+        self, texts: Any, tok: Tokenizer, dtype: np.dtype, threads: int | None, counts: dict[str, int]
+    ) -> None:
         import pyarrow as pa
 
         sizes, columns = np.diff(raw(texts)[0]), []

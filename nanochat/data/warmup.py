@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from nanochat.data.loader import Batch, ConversationBatches
+from nanochat.protocols import Tokenizer
 
 LESSONS = "lessons"  # the cursor's key while the lessons last
 
@@ -19,7 +20,7 @@ class Primed:
     """`lessons`: a task or None. `batches(cursor)` resumes anywhere; num_primer_steps: 0 if None."""
 
     def __init__(
-        self, lessons: Any, documents: Callable[..., Any], tok: Any, *,
+        self, lessons: Any, documents: Callable[..., Any], tok: Tokenizer, *,
         sequence_len: int, device_batch: int, rt: Any, seed: int, accum: int,
     ) -> None:  # fmt: skip
         self._lessons, self._documents, self._tok = lessons, documents, tok

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nanochat import chat_format as chat
+from nanochat.protocols import Tokenizer
 
 MAX_CHARS = 256
 MAX_NODES = 64
@@ -207,7 +208,7 @@ def _show(value: Number | bool | str) -> str | None:
 class ToolState:
     """The python tool of one sequence: collects code, answers with the tokens to force."""
 
-    def __init__(self, tok: Any) -> None:
+    def __init__(self, tok: Tokenizer) -> None:
         self._tok = tok
         self._start = tok.encode_special(chat.PYTHON_START)
         self._end = tok.encode_special(chat.PYTHON_END)

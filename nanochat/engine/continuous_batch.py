@@ -19,6 +19,7 @@ from nanochat.engine.model_runner import BLOCK_SIZE, ModelRunner, make_pools
 from nanochat.engine.sampling import Draws, sample, top_logprobs
 from nanochat.engine.scheduler import TOKEN_BUDGET, Chunk, Scheduler
 from nanochat.engine.sequence import Sequence
+from nanochat.protocols import Model
 
 # Multi-step decoding: up to 8 steps per host synchronisation. A stop wastes 3.5 tokens of its row on average,
 # and a new sequence waits for 8 steps at most.
@@ -44,7 +45,7 @@ class Batch:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         num_rows: int,
         context: int,
         *,

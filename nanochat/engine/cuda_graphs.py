@@ -24,6 +24,7 @@ from nanochat.engine.sampling import Draws
 from nanochat.engine.scheduler import Chunk
 from nanochat.flash_attention.cache import Cache
 from nanochat.flash_attention.select import pick
+from nanochat.protocols import Model
 
 SHORTEST = 8  # blocks of a table; longer ones double
 WARM_UPS = 2  # runs before a capture: libraries allocate and choose their kernels
@@ -78,7 +79,7 @@ class StaticSteps:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         cache: PagedCache,
         place: dict[int, tuple[int, int]],
         windows: Sequence[int],

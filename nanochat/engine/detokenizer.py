@@ -6,9 +6,9 @@ never shown; they only say which part (text, python, python_output) the followin
 
 import codecs
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 from nanochat import chat_format as chat
+from nanochat.protocols import Tokenizer
 
 _PART_AFTER = {
     chat.PYTHON_START: "python",
@@ -25,7 +25,7 @@ class PartDecoder:
     become U+FFFD, at once when nothing can complete them.
     """
 
-    def __init__(self, tok: Any) -> None:
+    def __init__(self, tok: Tokenizer) -> None:
         self._tok = tok
         self._part_after = {tok.encode_special(name): part for name, part in _PART_AFTER.items()}
         self._specials = {tok.encode_special(name) for name in tok.get_special_tokens()}
@@ -50,7 +50,7 @@ class PartDecoder:
         return [(self._part, text)] if text else []
 
 
-def parts_of(ids: Iterable[int], tok: Any) -> list[dict[str, str]]:
+def parts_of(ids: Iterable[int], tok: Tokenizer) -> list[dict[str, str]]:
     """The parts of an answer, as chat.py's conversations hold them: [{"type": "text", "text": "..."}, ...].
 
     A call of the tool is a part of its own, even when two follow each other.
@@ -69,7 +69,7 @@ def parts_of(ids: Iterable[int], tok: Any) -> list[dict[str, str]]:
     return parts
 
 
-def answer_of(ids: Iterable[int], tok: Any) -> str:
+def answer_of(ids: Iterable[int], tok: Tokenizer) -> str:
     """The text parts of an answer joined, without tool code and outputs."""
     return "".join(part["text"] for part in parts_of(ids, tok) if part["type"] == "text")
 
@@ -128,7 +128,7 @@ class StopFilter:
 class TextStop:
     """Says when the text of a sequence, tool calls left out, holds one of several stop strings."""
 
-    def __init__(self, tok: Any, stops: Sequence[str]) -> None:
+    def __init__(self, tok: Tokenizer, stops: Sequence[str]) -> None:
         self._decoder, self._filter = PartDecoder(tok), StopFilter(stops)
 
     def feed(self, token: int) -> bool:

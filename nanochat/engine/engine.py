@@ -14,6 +14,7 @@ from nanochat.engine.detokenizer import TextStop
 from nanochat.engine.inference import prepare
 from nanochat.engine.sampling import Sampling
 from nanochat.engine.sequence import Sequence
+from nanochat.protocols import Model, Tokenizer
 
 __all__ = ["Batch", "Completion", "Engine", "Sampling", "Sequence"]
 
@@ -31,7 +32,7 @@ class Completion:
     stop_id: int | None = None
 
 
-def is_ragged(model: Any) -> bool:
+def is_ragged(model: Model) -> bool:
     """Whether rows of this model may stand at different positions."""
     return hasattr(model, "forward_hidden")
 
@@ -49,7 +50,7 @@ class Engine:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, dtype: torch.dtype | None = None, *, speculate: int = 0
+        self, model: Model, tokenizer: Tokenizer, dtype: torch.dtype | None = None, *, speculate: int = 0
     ) -> None:
         self.model, self.tokenizer, self.dtype, self.speculate = model, tokenizer, dtype, speculate
         self._network: Any = None
@@ -254,7 +255,7 @@ def columns(
         batch.compute()
 
 
-def _fingerprint(model: Any) -> tuple:
+def _fingerprint(model: Model) -> tuple:
     """Changes when the weights do: versions of the parameters, and a few entries of each, since whoever
     writes through .data leaves the version as it is.
     """

@@ -17,6 +17,7 @@ from nanochat import hardware
 from nanochat.context import Attend, Context
 from nanochat.gpt import GPT
 from nanochat.kernels import decode
+from nanochat.protocols import Model
 
 # Entries of int8 weights that are widened at a time on a CPU, so that they stay in its cache.
 WIDENED_ENTRIES = 1 << 20
@@ -136,7 +137,7 @@ class InferenceGPT(GPT):
         self.eval()
 
 
-def prepare(model: Any, dtype: torch.dtype | None = None) -> Any:
+def prepare(model: Model, dtype: torch.dtype | None = None) -> Any:
     """The fastest way to run this model; dtype None is the model's own compute dtype.
 
     A model that is not exactly a GPT is run as it is. Raises ValueError for int8 of such a model.
@@ -153,7 +154,7 @@ def has_fast_bf16() -> bool:
     return bool(set(hardware.cpu_features()) & {"amx", "avx512_bf16"})
 
 
-def cpu_dtype(model: Any) -> torch.dtype:
+def cpu_dtype(model: nn.Module) -> torch.dtype:
     """For a model's matrices on this CPU: bf16 if it multiplies that and they are too many for its caches.
 
     A rule and no measurement, so that a seed gives the same answer tomorrow.
@@ -163,7 +164,7 @@ def cpu_dtype(model: Any) -> torch.dtype:
 
 
 def forward_tokens(
-    model: Any, ids_N: Tensor, prev_N: Tensor, positions_N: Tensor, attend: AttendTokens
+    model: Model, ids_N: Tensor, prev_N: Tensor, positions_N: Tensor, attend: AttendTokens
 ) -> Tensor:
     """Hidden states (N, D) of tokens of any sequences, side by side in one row.
 

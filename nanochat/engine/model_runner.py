@@ -24,6 +24,7 @@ from nanochat.engine.scheduler import Chunk
 from nanochat.flash_attention.select import pick
 from nanochat.gpt import rope_tables
 from nanochat.kernels.decode import NativeStep, kv_dtype, library
+from nanochat.protocols import Model
 
 BLOCK_SIZE = 16
 
@@ -90,7 +91,7 @@ class TokenNumbers:
 class ModelRunner:
     """Runs the steps of one model. Which way a step goes is decided here, by the device and its size."""
 
-    def __init__(self, model: Any, pools: Sequence[Pool], device: torch.device) -> None:
+    def __init__(self, model: Model, pools: Sequence[Pool], device: torch.device) -> None:
         config = model.config
         self.model = model
         self.config = config

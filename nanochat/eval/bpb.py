@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from nanochat.gpt import GPT
 from nanochat.runtime import Runtime
 
 
 @torch.no_grad()
-def evaluate_bpb(model: Any, batches: Iterable[Any], token_bytes: np.ndarray, rt: Runtime) -> float:
+def evaluate_bpb(model: GPT, batches: Iterable[Any], token_bytes: np.ndarray, rt: Runtime) -> float:
     """Bits per byte over `batches` of all ranks; infinite where there is no byte to predict."""
     was_training = model.training
     model.eval()
@@ -38,7 +39,7 @@ def evaluate_bpb(model: Any, batches: Iterable[Any], token_bytes: np.ndarray, rt
 
 
 @torch.no_grad()
-def evaluate_loss(model: Any, batches: Iterable[Any], rt: Runtime) -> float:
+def evaluate_loss(model: GPT, batches: Iterable[Any], rt: Runtime) -> float:
     """Mean negative log-likelihood in nats of the supervised tokens over `batches` of all ranks."""
     was_training = model.training
     model.eval()

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from nanochat.context import Attend, Context
 from nanochat.eval.rows import Row, Score, ending_scores
 from nanochat.flash_attention import flash_attn
+from nanochat.protocols import Model
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def batches(trees: Sequence[Tree], batch_tokens: int) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def score_examples(
-    model: Any,
+    model: Model,
     examples: Sequence[Sequence[Row]],
     batch_tokens: int,
     advance: Callable[[int], None] = lambda rows: None,
@@ -94,7 +94,7 @@ def score_examples(
     return [[next(flat) for _ in rows] for rows in examples]
 
 
-def _score(model: Any, trees: Sequence[Tree]) -> list[Score]:
+def _score(model: Model, trees: Sequence[Tree]) -> list[Score]:
     """The scores of all rows of some trees, from one forward pass."""
     device = model.get_device()
     S, M = max(len(t.shared) for t in trees), max(t.branch_tokens for t in trees)

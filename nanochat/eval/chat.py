@@ -18,6 +18,7 @@ from nanochat.engine import Engine
 from nanochat.engine.detokenizer import answer_of
 from nanochat.eval.passk import bootstrap, pass_at_k, powers_up_to
 from nanochat.eval.rows import batch_tokens_for, last_logits
+from nanochat.protocols import Model, Tokenizer
 from nanochat.runtime import Runtime
 
 Z_95 = 1.959964  # of the normal distribution, for an interval of 95 %
@@ -47,7 +48,9 @@ def chat_core(facts: Mapping[str, Facts]) -> float | None:
     return sum(centred) / len(centred) if centred else None
 
 
-def choose_letters(model: Any, tok: Any, conversations: Sequence[Any], batch_tokens: int) -> list[str]:
+def choose_letters(
+    model: Model, tok: Tokenizer, conversations: Sequence[Any], batch_tokens: int
+) -> list[str]:
     """Of each conversation's "letters" the one with the highest logit where the answer begins.
 
     Raises ValueError for a letter that is not one token.

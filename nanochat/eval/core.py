@@ -26,6 +26,7 @@ from nanochat.errors import UserError
 from nanochat.eval.branches import common_length, score_examples
 from nanochat.eval.rows import Row, batch_tokens_for
 from nanochat.home import Home, read_json, write_json
+from nanochat.protocols import Model, Tokenizer
 from nanochat.runtime import Runtime
 
 RECORD_SEED, SHOT_SEED = 1337, 1234
@@ -233,8 +234,8 @@ def is_right(task: CoreTask, record: Record, scores: Sequence[tuple[float, bool]
 def evaluate_task(
     task: CoreTask,
     records: Sequence[Record],
-    model: Any,
-    tok: Any,
+    model: Model,
+    tok: Tokenizer,
     rt: Runtime,
     batch_tokens: int | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
@@ -291,7 +292,7 @@ def _chunks(indices: range) -> Iterator[range]:
 
 
 def evaluate_core(
-    tasks: Sequence[CoreTask], model: Any, tok: Any, rt: Runtime, *, max_per_task: int | None = None,
+    tasks: Sequence[CoreTask], model: Model, tok: Tokenizer, rt: Runtime, *, max_per_task: int | None = None,
     say: Callable[[str], None] = lambda line: None, cache: Path | None = None,
     progress: Callable[[str, int, int], None] = lambda name, done, of: None,
 ) -> dict[str, Any]:  # fmt: skip
@@ -324,7 +325,7 @@ def evaluate_core(
     return {"core": mean, "tasks": facts}
 
 
-def cache_file(home: Home, records: dict[str, dict[str, Any]], tok: Any, dtype: Any) -> Path:
+def cache_file(home: Home, records: dict[str, dict[str, Any]], tok: Tokenizer, dtype: Any) -> Path:
     """Where results of exactly these weights (by the checkpoint's hashes), tokenizer and dtype are kept."""
     weights = {name: record for name, record in records.items() if name.startswith("model")}
     facts = json.dumps([weights, tok.fingerprint(), str(dtype)], sort_keys=True)

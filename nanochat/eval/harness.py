@@ -13,11 +13,12 @@ from typing import Any
 from nanochat.engine import Engine
 from nanochat.engine.detokenizer import StopFilter
 from nanochat.eval.rows import batch_tokens_for, score_endings
+from nanochat.protocols import Model, Tokenizer
 
 MAX_NEW = 256
 
 
-def encode_pair(tok: Any, context: str, ending: str) -> tuple[list[int], int]:
+def encode_pair(tok: Tokenizer, context: str, ending: str) -> tuple[list[int], int]:
     """(ids with BOS first, where the ending starts). Spaces at the context's end belong to the ending.
 
     The ending's tokens are those of the whole text after as many tokens as the context alone has.
@@ -30,7 +31,9 @@ def encode_pair(tok: Any, context: str, ending: str) -> tuple[list[int], int]:
     return whole, min(start, len(whole) - 1)
 
 
-def loglikelihoods(model: Any, tok: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+def loglikelihoods(
+    model: Model, tok: Tokenizer, pairs: Sequence[tuple[str, str]]
+) -> list[tuple[float, bool]]:
     """(sum of log p in nats, whether greedy decoding would say it) of each (context, ending)."""
     rows = [encode_pair(tok, *pair) for pair in pairs]
     if any(len(ids) < 2 for ids, _ in rows):
@@ -45,7 +48,7 @@ def loglikelihoods(model: Any, tok: Any, pairs: Sequence[tuple[str, str]]) -> li
     ]  # fmt: skip
 
 
-def rolling(model: Any, tok: Any, texts: Sequence[str]) -> list[float]:
+def rolling(model: Model, tok: Tokenizer, texts: Sequence[str]) -> list[float]:
     """log p of whole texts, each token predicted once, in windows of the model's length side by side."""
     limit, rows, owners = model.config.sequence_len, [], []
     for i, text in enumerate(texts):
@@ -76,7 +79,7 @@ def continuations(
     return texts
 
 
-def make_lm(model: Any, tok: Any) -> Any:
+def make_lm(model: Model, tok: Tokenizer) -> Any:
     """The model as an lm_eval LM. Raises ImportError without the package."""
     LM: Any = importlib.import_module("lm_eval.api.model").LM
     engine = Engine(model, tok)

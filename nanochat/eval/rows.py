@@ -6,12 +6,12 @@ Letters: B rows, T time, D width, V vocabulary, N scored tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from nanochat.context import row_context
+from nanochat.protocols import Model
 
 CHUNK_LOGITS = 1 << 24  # logits held at once: 64 MB in fp32
 
@@ -39,13 +39,13 @@ def padded_batches(
         yield chosen, torch.tensor([[*rows[i], *[0] * (T - len(rows[i]))] for i in chosen])
 
 
-def hidden_states(model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
+def hidden_states(model: Model, ids_BT: torch.Tensor) -> torch.Tensor:
     """(B, T, D) of whole rows. Rows may be longer than those the model was trained on; windows stay."""
     return model.forward_hidden(ids_BT, row_context(ids_BT.shape[1], ids_BT.device))
 
 
 @torch.no_grad()
-def score_endings(model: Any, rows: Sequence[Row], batch_tokens: int) -> list[Score]:
+def score_endings(model: Model, rows: Sequence[Row], batch_tokens: int) -> list[Score]:
     """For each (ids, start): the mean nll in nats of ids[start:], and whether each of them is the argmax.
 
     `start` must lie in 1 .. len(ids) - 1: something is predicted, from something.
@@ -68,7 +68,7 @@ def score_endings(model: Any, rows: Sequence[Row], batch_tokens: int) -> list[Sc
 
 
 def ending_scores(
-    model: Any, hidden_ND: torch.Tensor, targets_N: torch.Tensor, sizes: Sequence[int]
+    model: Model, hidden_ND: torch.Tensor, targets_N: torch.Tensor, sizes: Sequence[int]
 ) -> list[Score]:
     """The scores of endings of `sizes` tokens that lie behind one another in hidden states and targets."""
     rows, parts = max(1, CHUNK_LOGITS // model.config.vocab_size), []
@@ -82,7 +82,7 @@ def ending_scores(
 
 @torch.no_grad()
 def last_logits(
-    model: Any, rows: Sequence[list[int]], batch_tokens: int
+    model: Model, rows: Sequence[list[int]], batch_tokens: int
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """(indices, logits_BV on the CPU) of the token that follows each row, in batches."""
     for chosen, ids_BT in padded_batches(rows, batch_tokens):

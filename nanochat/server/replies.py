@@ -9,6 +9,7 @@ from typing import Any
 
 from nanochat import chat_format as chat
 from nanochat.engine.sequence import TokenLogprob
+from nanochat.protocols import Tokenizer
 
 LEAST_LOGPROB = -9999.0  # JSON has no minus infinity
 PING = ": ping\n\n"
@@ -50,7 +51,7 @@ def usage(num_prompt: int, num_completion: int, num_cached: int) -> dict[str, An
 class TokenNames:
     """Tokens as JSON can hold them: text, and bytes:\\xf0 where the bytes are no UTF-8."""
 
-    def __init__(self, tok: Any) -> None:
+    def __init__(self, tok: Tokenizer) -> None:
         self._tok = tok
 
     def bytes(self, token: int) -> bytes:

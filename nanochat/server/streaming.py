@@ -10,6 +10,7 @@ from typing import Any
 from nanochat import chat_format as chat
 from nanochat.engine.detokenizer import PartDecoder, StopFilter
 from nanochat.engine.engine import Sequence
+from nanochat.protocols import Tokenizer
 from nanochat.server import replies
 from nanochat.server.engine_thread import EngineRequest, NewTokens
 from nanochat.server.replies import Entries, Part, Reply
@@ -27,7 +28,7 @@ class Choice:
     def __init__(
         self,
         sequence: Sequence,
-        tok: Any,
+        tok: Tokenizer,
         stops: list[str],
         is_chat: bool,
         echo: tuple[str, int] | None = None,

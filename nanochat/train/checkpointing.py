@@ -15,6 +15,8 @@ import torch
 
 from nanochat import checkpoint
 from nanochat.errors import UserError
+from nanochat.gpt import GPT
+from nanochat.optim import MuonAdamW
 from nanochat.run_dir import Stage
 from nanochat.runtime import Runtime
 from nanochat.train.loop import TrainState
@@ -51,7 +53,7 @@ def model_arrays(model: torch.nn.Module) -> dict[str, np.ndarray]:
 
 
 def save_state(
-    root: Path, model: Any, optimizer: Any, state: TrainState, rt: Runtime, meta: dict[str, Any]
+    root: Path, model: GPT, optimizer: MuonAdamW, state: TrainState, rt: Runtime, meta: dict[str, Any]
 ) -> Path:
     """Write one checkpoint, all ranks together."""
     me = f"{rt.rank:05d}-of-{rt.world_size:05d}"
@@ -72,7 +74,7 @@ def save_state(
 
 
 def load_state(
-    found: checkpoint.Checkpoint, model: Any, optimizer: Any, state: TrainState, rt: Runtime
+    found: checkpoint.Checkpoint, model: GPT, optimizer: MuonAdamW, state: TrainState, rt: Runtime
 ) -> None:
     """Put a checkpoint back: exactly with the same world size, re-sliced (RNG excepted) with another."""
     load_model_arrays(model, found.tensors("model"))
@@ -112,7 +114,7 @@ def _python_rng(rt: Runtime) -> list[Any]:
 # ---------------------------------------------------------------- resuming
 
 
-def resume(stage: Stage, how: str, model: Any, optimizer: Any, state: TrainState) -> int | None:
+def resume(stage: Stage, how: str, model: GPT, optimizer: MuonAdamW, state: TrainState) -> int | None:
     """Load a checkpoint of this stage into model, optimizer and state; the step resumed from, or None.
 
     how: "auto" takes the newest good checkpoint, a number that step, "never" none.
@@ -168,8 +170,8 @@ class Saver:
     def __init__(
         self,
         stage: Stage,
-        model: Any,
-        optimizer: Any,
+        model: GPT,
+        optimizer: MuonAdamW,
         *,
         save_every: int,
         keep: int,

@@ -20,6 +20,7 @@ from nanochat.data.loader import Batch
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.optim.schedule import linear_to_zero, post_training_momentum
+from nanochat.protocols import Tokenizer
 from nanochat.runtime import Runtime
 from nanochat.train.finetune import MID_RATES, Parent, split
 from nanochat.train.loop import Rates, TrainState
@@ -36,7 +37,7 @@ class Pair:
     rejected: Row
 
 
-def encode_pair(record: dict[str, Any], tok: Any, max_tokens: int) -> Pair | None:
+def encode_pair(record: dict[str, Any], tok: Tokenizer, max_tokens: int) -> Pair | None:
     """A record {"messages", "chosen", "rejected"} as tokens; None if one is longer than max_tokens."""
     prompt = tok.render_for_completion({"messages": record["messages"]})
     rows = []

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from nanochat.engine import Engine
+from nanochat.gpt import GPT
+from nanochat.protocols import Tokenizer
 from nanochat.runtime import Runtime
 from nanochat.train.loop import Hook, TrainState
 
@@ -36,7 +37,7 @@ def shown(results: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.5f}" for name, value in results.items())
 
 
-def samples(model: Any, tok: Any, prompts: Sequence[str], rt: Runtime, max_tokens: int = 32) -> Hook:
+def samples(model: GPT, tok: Tokenizer, prompts: Sequence[str], rt: Runtime, max_tokens: int = 32) -> Hook:
     """Continue each prompt greedily on rank 0, print and record the texts."""
 
     def hook(state: TrainState) -> None:

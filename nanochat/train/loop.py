@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from nanochat.errors import Interrupted, UserError
-from nanochat.optim import gathers
+from nanochat.gpt import GPT
+from nanochat.optim import MuonAdamW, gathers
 from nanochat.optim.schedule import (
     linear_to_zero,
     lr_factor,
@@ -173,9 +174,9 @@ def manual_garbage_collection() -> Iterator[None]:
 
 
 @contextmanager
-def overlapped_gathers(model: Any, optimizer: Any, rt: Runtime) -> Iterator[None]:
-    """While entered, new weights travel under the next forward pass, if --speed=gather asked for it."""
-    if rt.world_size == 1 or not getattr(model, "overlaps_gathers", False):
+def overlapped_gathers(model: GPT, optimizer: MuonAdamW, rt: Runtime, is_wanted: bool) -> Iterator[None]:
+    """While entered, new weights travel under the next forward pass, if that is wanted and possible."""
+    if rt.world_size == 1 or not is_wanted:
         yield
         return
     reason = gathers.unsupported_reason(model)
@@ -189,8 +190,8 @@ def overlapped_gathers(model: Any, optimizer: Any, rt: Runtime) -> Iterator[None
 
 
 def fit(
-    model: Any,
-    optimizer: Any,
+    model: GPT,
+    optimizer: MuonAdamW,
     batches: Iterable[Any],
     *,
     num_steps: int,
@@ -200,12 +201,14 @@ def fit(
     hooks: list[Hook],
     state: TrainState,
     allow_empty: bool = False,
+    overlap_gathers: bool = False,
 ) -> TrainState:
     """Train from state.step to num_steps. Hooks run in order after every step.
 
     Args:
         accum: micro-batches per step on each rank.
         allow_empty: skip a step without targets on all ranks; ten in a row are an error.
+        overlap_gathers: let new weights travel under the next forward pass (several ranks).
 
     Raises UserError for a step without targets (unless allow_empty), for data that ends too early and for a
     run that diverges; Interrupted after SIGTERM or SIGINT, once the hooks have seen state.stopping.
@@ -216,7 +219,11 @@ def fit(
     micro_batches = iter(batches)
     monitor = RankMonitor(rt)
     model.train()
-    with manual_garbage_collection(), overlapped_gathers(model, optimizer, rt), Signals() as signals:
+    with (
+        manual_garbage_collection(),
+        overlapped_gathers(model, optimizer, rt, overlap_gathers),
+        Signals() as signals,
+    ):
         while state.step < num_steps:
             with monitor.step(state.step):
                 start = time.perf_counter()
@@ -251,8 +258,8 @@ def take(micro_batches: Iterator[Any], accum: int, state: TrainState) -> list[An
 
 
 def train_step(
-    model: Any,
-    optimizer: Any,
+    model: GPT,
+    optimizer: MuonAdamW,
     micro: list[Any],
     rates: Rates,
     rt: Runtime,
@@ -305,7 +312,7 @@ def count_tokens(micro: list[Any], rt: Runtime) -> tuple[int, int]:
 
 
 def accumulate_gradients(
-    model: Any, optimizer: Any, micro: list[Any], token_weight: float, rt: Runtime
+    model: GPT, optimizer: MuonAdamW, micro: list[Any], token_weight: float, rt: Runtime
 ) -> Tensor:
     """Forward and backward of each micro-batch; the sum of the weighted losses of this rank."""
     loss = torch.zeros((), device=rt.device)
@@ -324,7 +331,7 @@ def accumulate_gradients(
     return loss
 
 
-def apply_rates(optimizer: Any, rates: Rates) -> None:
+def apply_rates(optimizer: MuonAdamW, rates: Rates) -> None:
     """Write one step's rates into the optimizer's groups; only Muon's weight decay follows the schedule."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * rates.lr_factor

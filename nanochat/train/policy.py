@@ -8,9 +8,10 @@ the log-probabilities of a scoring pass. Letters: B rows, T time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+
+from nanochat.gpt import GPT
 
 SAME_REWARD = 1e-9  # rewards that differ by less are equal
 
@@ -31,7 +32,7 @@ def advantages(rewards: Sequence[float], by_std: bool = False) -> list[float] | 
 
 
 @torch.no_grad()
-def log_probs(model: Any, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+def log_probs(model: GPT, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
     """log p of each target (fp32), 0 where the target is -1. The distribution is that of temperature 1."""
     hidden_BTD = model.hidden(inputs_BT, None)
     nll_N = model.token_nll(hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), targets_BT.reshape(-1))

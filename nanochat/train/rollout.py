@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -263,7 +263,7 @@ class Rollouts:
 
     def _weigh(self, batch: Batch, advantage_BT: Tensor, rows: Sequence[Row]) -> Tensor:
         """Set the weights of a batch by a scoring pass; the sums of tokens, clipped tokens and KL."""
-        new_BT = log_probs(self.engine.model, batch.inputs_BT, batch.targets_BT)
+        new_BT = log_probs(cast(GPT, self.engine.model), batch.inputs_BT, batch.targets_BT)
         old_BT = self._old_log_probs(new_BT, rows)
         is_target_BT = batch.targets_BT != IGNORED
         reference_BT = None

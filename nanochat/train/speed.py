@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.errors import UserError
+from nanochat.gpt import GPT
 from nanochat.kernels import fp8
 from nanochat.runtime import Runtime
 
 KINDS = ("compile", "checkpoint", "fp8", "gather")
 
 
-def apply(model: Any, speed: str, rt: Runtime, backend: str = "inductor") -> None:
+def apply(model: GPT, speed: str, rt: Runtime, backend: str = "inductor") -> None:
     """Prepare `model` for training.
 
     speed: names of KINDS with commas, "" for none. Raises UserError for other names.
@@ -40,7 +41,6 @@ def apply(model: Any, speed: str, rt: Runtime, backend: str = "inductor") -> Non
         )
     if "checkpoint" in chosen:
         checkpoint_layers(model)
-    model.overlaps_gathers = "gather" in chosen
     if "fp8" in chosen:
         rt.say(f"speed: {fp8.convert(model)} linear layers train in fp8")
     if "compile" in chosen:
@@ -56,10 +56,15 @@ def apply(model: Any, speed: str, rt: Runtime, backend: str = "inductor") -> Non
         rt.say(f"speed: layers are compiled at their first use ({time.perf_counter() - start:.1f} s to load)")
 
 
-def checkpoint_layers(model: Any) -> None:
+def overlaps_gathers(speed: str) -> bool:
+    """Whether new weights shall travel under the next forward pass (nanochat.optim.gathers)."""
+    return "gather" in speed.split(",")
+
+
+def checkpoint_layers(model: GPT) -> None:
     """Keep only the input of each layer for the backward pass, which computes the layer again."""
     for block in model.blocks:
-        block.forward = partial(_checkpointed, block, block.forward)
+        block.forward = partial(_checkpointed, block, block.forward)  # type: ignore[method-assign]
 
 
 def _checkpointed(block: nn.Module, forward: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -68,7 +73,7 @@ def _checkpointed(block: nn.Module, forward: Callable[..., Tensor], *arguments: 
     return checkpoint(forward, *arguments, use_reentrant=True, preserve_rng_state=False)
 
 
-def is_compiled(model: Any) -> bool:
+def is_compiled(model: GPT) -> bool:
     """Whether `apply` has compiled the layers."""
     return any(getattr(block, "_compiled_call_impl", None) is not None for block in model.blocks)
 

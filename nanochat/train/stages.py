@@ -14,6 +14,9 @@ from nanochat import checkpoint, hardware
 from nanochat.config import StageSettings
 from nanochat.data.loader import packing_facts
 from nanochat.errors import INTERRUPTED_CODE, Interrupted
+from nanochat.gpt import GPT
+from nanochat.optim import MuonAdamW
+from nanochat.protocols import Tokenizer
 from nanochat.run_dir import Stage, open_stage
 from nanochat.runtime import Runtime
 from nanochat.train import speed
@@ -38,9 +41,9 @@ class Training:
         speed: see nanochat.train.speed.
     """
 
-    model: Any
-    tok: Any
-    optimizer: Any
+    model: GPT
+    tok: Tokenizer
+    optimizer: MuonAdamW
     batches: Callable[[dict[str, Any] | None], Iterable[Any]]
     num_steps: int
     accum: int
@@ -136,6 +139,7 @@ def train_stage(stage: Stage, settings: StageSettings, parts: Training) -> None:
             state=state,
             hooks=hooks,
             allow_empty=parts.allow_empty,
+            overlap_gathers=speed.overlaps_gathers(parts.speed),
         )
     except Interrupted:
         stage.record_exit(INTERRUPTED_CODE, step=state.step)
