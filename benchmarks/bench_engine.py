@@ -42,7 +42,7 @@ from nanochat import chat_format as chat
 from nanochat import scaling
 from nanochat.corpus import chats
 from nanochat.corpus import documents as synthetic
-from nanochat.engine.continuous_batch import MAX_STEPS, Batch
+from nanochat.engine.continuous_batch import MAX_STEPS, ContinuousBatch
 from nanochat.engine.engine import Sampling
 from nanochat.engine.inference import InferenceGPT, cpu_dtype
 from nanochat.engine.kv_cache import KVCache
@@ -94,7 +94,7 @@ def step_seconds(tokens: Iterator[int], clock: Callable[[], float], device: str)
     return gaps[len(gaps) // 2] / across
 
 
-def engine_tokens(batch: Batch, prompt: list[int], num_tokens: int) -> Iterator[int]:
+def engine_tokens(batch: ContinuousBatch, prompt: list[int], num_tokens: int) -> Iterator[int]:
     row = Sequence(prompt, num_tokens, Sampling(0.0), frozenset())
     batch.admit([row])
     while batch.is_running:
@@ -120,7 +120,9 @@ def mixed_requests(vocab: int, context: int, count: int = NUM_REQUESTS) -> list[
     ]
 
 
-def run_mixed(batch: Batch, requests: list[tuple[list[int], int]], clock: Callable[[], float]) -> float:
+def run_mixed(
+    batch: ContinuousBatch, requests: list[tuple[list[int], int]], clock: Callable[[], float]
+) -> float:
     """Tokens a second, prompts' time included."""
     begin = clock()
     batch.admit([Sequence(p, n, Sampling(0.0), frozenset()) for p, n in requests])
@@ -131,7 +133,7 @@ def run_mixed(batch: Batch, requests: list[tuple[list[int], int]], clock: Callab
 
 
 def first_token_waits(
-    batch: Batch, requests: list[tuple[list[int], int]], clock: Callable[[], float]
+    batch: ContinuousBatch, requests: list[tuple[list[int], int]], clock: Callable[[], float]
 ) -> tuple[float, list[float]]:
     """(tokens a second of all, seconds until the first token of each, shortest first)."""
     rows = [Sequence(p, n, Sampling(0.0), frozenset()) for p, n in requests]
@@ -171,7 +173,7 @@ def told_texts(vocab: int, context: int) -> dict[str, tuple[list[int], list[int]
 
 
 def tell(
-    batch: Batch, prompt: list[int], answer: list[int], clock: Callable[[], float]
+    batch: ContinuousBatch, prompt: list[int], answer: list[int], clock: Callable[[], float]
 ) -> tuple[float, float]:
     """(tokens a second, tokens a forward pass) of a model that answers so: its draws cost what they cost, the
     text decides what comes of them."""
@@ -274,8 +276,8 @@ def main() -> None:
         rows.append({**row, **found})
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items() if value != ""), flush=True)
 
-    def batch_of(num_rows: int, **how: Any) -> Batch:
-        return Batch(model, num_rows, args.context, network=network, **how)
+    def batch_of(num_rows: int, **how: Any) -> ContinuousBatch:
+        return ContinuousBatch(model, num_rows, args.context, network=network, **how)
 
     wide, narrow = torch.float32, torch.bfloat16
     if "decode" in args.only:

@@ -14,7 +14,7 @@ from nanochat import config, errors, load, runtime, scaling
 from nanochat.config import HubSettings, StageSettings, setting
 from nanochat.data.loader import DocumentBatches, validation_batches
 from nanochat.data.sources import Source, open_source
-from nanochat.data.warmup import Primed
+from nanochat.data.warmup import WithWarmup
 from nanochat.eval.bpb import evaluate_bpb
 from nanochat.home import Home
 from nanochat.optim.groups import LM_HEAD_EPS
@@ -145,8 +145,8 @@ def prepare_training(
     row_options: Any = {"sequence_len": cfg.sequence_len, "device_batch": cfg.device_batch, "rt": rt}
     documents = partial(DocumentBatches, source, tok, policy=cfg.packing, accum=plan.accum, **row_options)
     curriculum = primer(cfg.primer, cfg.seed) if cfg.primer and cfg.data == "synthetic" else None
-    rows = Primed(curriculum, documents, tok, seed=cfg.seed, accum=plan.accum, **row_options)
-    num_first_steps = rows.num_primer_steps
+    rows = WithWarmup(curriculum, documents, tok, seed=cfg.seed, accum=plan.accum, **row_options)
+    num_first_steps = rows.num_curriculum_steps
     rt.say(f"base: {num_first_steps} steps of warm-up curriculum, then {plan.num_steps} of documents")
     num_rows = max(1, cfg.eval_tokens // cfg.sequence_len)
     val_rows = validation_batches(source, tok, num_rows=num_rows, **row_options) if cfg.eval_every else ()

@@ -18,7 +18,7 @@ import torch
 from nanochat import chat_format as chat
 from nanochat import load as models
 from nanochat import runtime
-from nanochat.engine.continuous_batch import Batch, PlainBatch
+from nanochat.engine.continuous_batch import ContinuousBatch, PlainBatch
 from nanochat.engine.detokenizer import PartDecoder, parts_of
 from nanochat.engine.engine import Engine, columns, is_ragged
 from nanochat.engine.inference import cpu_dtype
@@ -113,7 +113,7 @@ class Session:
         self.last: Sequence | None = None
         self.last_seconds = 0.0
         self._num_replies = 0
-        self._batch: Batch | None = None
+        self._batch: ContinuousBatch | None = None
         self._sampling()
 
     @property
@@ -171,13 +171,13 @@ class Session:
             **self.more,
         )
 
-    def _open(self, length: int) -> Batch | PlainBatch:
+    def _open(self, length: int) -> ContinuousBatch | PlainBatch:
         """The batch whose cache still holds the conversation; a new one for a model that cannot share."""
         if not is_ragged(self.engine.model):
             return self.engine.open_batch(1, length)
         if self._batch is None or self._batch.runner.model is not self.engine.network():
             opened = self.engine.open_batch(1, self.engine.context)
-            assert isinstance(opened, Batch)
+            assert isinstance(opened, ContinuousBatch)
             self._batch = opened
         return self._batch
 

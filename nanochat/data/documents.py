@@ -17,7 +17,7 @@ Cursor = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Block:
+class DocumentBlock:
     """Documents in order. `array` holds texts (Arrow string) or, with a `dtype`, tokens (Arrow binary).
 
     cursor(i) resumes right after document i.
@@ -37,7 +37,7 @@ class Block:
         return data.view(kind), offsets // kind.itemsize
 
 
-def in_blocks(documents: Iterable[tuple[str, Cursor]]) -> Iterator[Block]:
+def in_blocks(documents: Iterable[tuple[str, Cursor]]) -> Iterator[DocumentBlock]:
     """Blocks of documents that come one by one."""
     texts: list[str] = []
     cursors: list[Cursor] = []
@@ -47,10 +47,10 @@ def in_blocks(documents: Iterable[tuple[str, Cursor]]) -> Iterator[Block]:
         cursors.append(cursor)
         size += len(text)
         if len(texts) == BLOCK_DOCUMENTS or size >= BLOCK_BYTES:
-            yield Block(to_arrow(texts), cursors.__getitem__)
+            yield DocumentBlock(to_arrow(texts), cursors.__getitem__)
             texts, cursors, size = [], [], 0
     if texts:
-        yield Block(to_arrow(texts), cursors.__getitem__)
+        yield DocumentBlock(to_arrow(texts), cursors.__getitem__)
 
 
 def to_arrow(texts: list[str]) -> Any:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nanochat.data.documents import VAL_PERCENT, Block, Cursor, raw, runs, validation_mask, written
+from nanochat.data.documents import VAL_PERCENT, Cursor, DocumentBlock, raw, runs, validation_mask, written
 from nanochat.errors import UserError
 
 DAMAGED = ("stop", "skip")
@@ -28,7 +28,7 @@ Turn = tuple[int, int, int]  # epoch, place of the shard in it, number of the sh
 
 
 @dataclass(frozen=True)
-class Chunk:
+class FilePart:
     """What is read at once: row group `start` of a parquet file, or `size` bytes from `start` of a text."""
 
     path: Path
@@ -36,7 +36,7 @@ class Chunk:
     size: int = 0
 
 
-class Damaged(UserError):
+class DamagedPart(UserError):
     """A chunk cannot be read as it was written."""
 
 
@@ -45,14 +45,14 @@ class Shards(Protocol):
 
     num: int
 
-    def walk(self, turns: Iterator[Turn]) -> Iterator[tuple[Turn, list[Chunk]]]:
+    def iterate(self, turns: Iterator[Turn]) -> Iterator[tuple[Turn, list[FilePart]]]:
         """Each turn with the chunks of its shard, which are there to be read until the next turn is taken."""
 
-    def repair(self, chunk: Chunk) -> bool:
+    def repair(self, chunk: FilePart) -> bool:
         """Bring the file of a damaged chunk anew, if it can be had."""
 
     def close(self) -> None:
-        """End all walks."""
+        """End all iterations."""
 
 
 class LocalShards:
@@ -60,13 +60,13 @@ class LocalShards:
 
     num = 1
 
-    def __init__(self, chunks: list[Chunk]) -> None:
+    def __init__(self, chunks: list[FilePart]) -> None:
         self.chunks = chunks
 
-    def walk(self, turns: Iterator[Turn]) -> Iterator[tuple[Turn, list[Chunk]]]:
+    def iterate(self, turns: Iterator[Turn]) -> Iterator[tuple[Turn, list[FilePart]]]:
         return ((turn, self.chunks) for turn in turns)
 
-    def repair(self, chunk: Chunk) -> bool:
+    def repair(self, chunk: FilePart) -> bool:
         return False
 
     def close(self) -> None:
@@ -81,7 +81,7 @@ class FileSource:
     """
 
     def __init__(
-        self, name: str, train: Shards, read: Callable[[Chunk], Any], content: Any, seed: int, *,
+        self, name: str, train: Shards, read: Callable[[FilePart], Any], content: Any, seed: int, *,
         val: LocalShards | None = None, damaged: str = "stop", dtype: np.dtype | None = None,
         tokenizer: str | None = None,
     ) -> None:  # fmt: skip
@@ -89,7 +89,7 @@ class FileSource:
             raise UserError(f"--damaged must be one of {', '.join(DAMAGED)}, found {damaged!r}", "choose one")
         self.name, self.tokenizer = name, tokenizer
         self._train, self._val, self._read, self._seed = train, val, read, seed
-        self._damaged, self._dtype, self._told = damaged, dtype, set[Chunk]()
+        self._damaged, self._dtype, self._told = damaged, dtype, set[FilePart]()
         self._fingerprint = digest(content, seed)
 
     def fingerprint(self) -> str:
@@ -106,16 +106,18 @@ class FileSource:
         blocks = self.blocks(split, cursor)
         return ((text, b.cursor(i)) for b in blocks for i, text in enumerate(b.array.to_pylist()))
 
-    def blocks(self, split: str, cursor: Cursor | None = None) -> Iterator[Block]:
+    def blocks(self, split: str, cursor: Cursor | None = None) -> Iterator[DocumentBlock]:
         check_cursor(cursor, self, split)
         return self._after(split, *(cursor["at"] if cursor else (0, 0, 0)))
 
-    def _after(self, split: str, epoch: int, place: int, number: int, turn: int = 0) -> Iterator[Block]:
+    def _after(
+        self, split: str, epoch: int, place: int, number: int, turn: int = 0
+    ) -> Iterator[DocumentBlock]:
         is_train = split == "train"
         shards = self._train if is_train or self._val is None else self._val
         found = place + number + turn  # a cursor inside an epoch has found some
         turns = self._turns(shards.num, is_train, epoch, turn)
-        for (epoch, turn, shard), chunks in shards.walk(turns):
+        for (epoch, turn, shard), chunks in shards.iterate(turns):
             key = (self._seed, epoch) if shards.num == 1 else (self._seed, epoch, shard)
             order = permutation(len(chunks), *key, *(() if shards.num == 1 else (-1,)))
             for place in range(place, len(chunks)):  # noqa: B020
@@ -125,7 +127,7 @@ class FileSource:
                 inside = kept[permutation(len(kept), *key, index)] if is_train else kept
                 at = partial(self._cursor, split, epoch, turn, place)
                 for start, end in runs(np.diff(raw(array)[0])[inside], number):
-                    yield Block(small(array.take(inside[start:end])), partial(at, start), self._dtype)
+                    yield DocumentBlock(small(array.take(inside[start:end])), partial(at, start), self._dtype)
                 number = 0
             place = 0
             if turn == shards.num - 1 and not found:
@@ -152,22 +154,22 @@ class FileSource:
         """Every document of a split once, as the files have them: an Arrow array for each chunk."""
         shards = self._val if split == "val" and self._val is not None else self._train
         turns = ((0, shard, shard) for shard in range(shards.num))
-        for _, chunks in shards.walk(turns):
+        for _, chunks in shards.iterate(turns):
             for chunk in chunks:
                 array, kept = self._load(chunk, split, shards)
                 yield array if len(kept) == len(array) else array.take(kept)
 
-    def _load(self, chunk: Chunk, split: str, shards: Shards) -> tuple[Any, np.ndarray]:
+    def _load(self, chunk: FilePart, split: str, shards: Shards) -> tuple[Any, np.ndarray]:
         """(all documents of a chunk, the numbers of those of the split)."""
         try:
             try:
                 array = self._read(chunk)
-            except Damaged as error:
+            except DamagedPart as error:
                 if not shards.repair(chunk):
                     raise
                 print(f"{error.problem}; fetched anew", file=sys.stderr)
                 array = self._read(chunk)
-        except Damaged as error:
+        except DamagedPart as error:
             if self._damaged == "stop":
                 raise
             if chunk not in self._told:

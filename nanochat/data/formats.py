@@ -10,7 +10,7 @@ from typing import Any
 
 from nanochat.data.documents import to_arrow
 from nanochat.data.download.manifest import parquet_metadata
-from nanochat.data.files import Chunk, Damaged
+from nanochat.data.files import DamagedPart, FilePart
 from nanochat.errors import UserError
 
 CHUNK_BYTES = 1 << 20
@@ -19,7 +19,7 @@ CHUNK_BYTES = 1 << 20
 # parquet
 
 
-def parquet_chunks(path: Path, column: str = "text") -> tuple[list[Chunk], str]:
+def parquet_chunks(path: Path, column: str = "text") -> tuple[list[FilePart], str]:
     """(a chunk for every row group that holds rows, an identity: the size and a hash of the footer)."""
     metadata = parquet_metadata(path)
     columns = metadata.schema.to_arrow_schema().names
@@ -32,11 +32,11 @@ def parquet_chunks(path: Path, column: str = "text") -> tuple[list[Chunk], str]:
         raw.seek(-8 - int.from_bytes(raw.read(4), "little"), 2)
         footer = hashlib.sha256(raw.read()).hexdigest()
     groups = [group for group in range(metadata.num_row_groups) if metadata.row_group(group).num_rows]
-    return [Chunk(path, group) for group in groups], f"{size} {footer}"
+    return [FilePart(path, group) for group in groups], f"{size} {footer}"
 
 
-def read_group(chunk: Chunk, column: str = "text") -> Any:
-    """One column of a row group, its page checksums and its UTF-8 verified. Damaged names file and group."""
+def read_group(chunk: FilePart, column: str = "text") -> Any:
+    """One column of a row group, page checksums and UTF-8 verified. DamagedPart names file and group."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -54,13 +54,15 @@ def read_group(chunk: Chunk, column: str = "text") -> Any:
         return array
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         problem = f"{chunk.path} is damaged in row group {chunk.start}: {' '.join(str(error).split())}"
-        raise Damaged(problem, "delete it and fetch it again (python -m scripts.data --verify)") from error
+        raise DamagedPart(
+            problem, "delete it and fetch it again (python -m scripts.data --verify)"
+        ) from error
 
 
 # text and jsonl
 
 
-def scan(path: Path, *, whole: bool, blank_lines: bool) -> tuple[list[Chunk], str]:
+def scan(path: Path, *, whole: bool, blank_lines: bool) -> tuple[list[FilePart], str]:
     """(chunks that end at a line, or at a blank one; sha256). UserError at a byte that is not UTF-8."""
     chunks, digest, start = [], hashlib.sha256(), 0
     with path.open("rb") as file:
@@ -78,24 +80,24 @@ def scan(path: Path, *, whole: bool, blank_lines: bool) -> tuple[list[Chunk], st
                     f"convert it first, for example: iconv -f latin1 -t utf-8 {path.name}",
                 ) from error
             digest.update(block)
-            chunks.append(Chunk(path, start, len(block)))
+            chunks.append(FilePart(path, start, len(block)))
             start += len(block)
     return chunks, digest.hexdigest()
 
 
-def read_file(chunk: Chunk) -> Any:
+def read_file(chunk: FilePart) -> Any:
     return to_arrow([_content(chunk)])
 
 
-def read_blocks(chunk: Chunk) -> Any:
+def read_blocks(chunk: FilePart) -> Any:
     return to_arrow(split_blocks(chunk))
 
 
-def read_lines(chunk: Chunk) -> Any:
+def read_lines(chunk: FilePart) -> Any:
     return to_arrow(split_json(chunk))
 
 
-def _content(chunk: Chunk) -> str:
+def _content(chunk: FilePart) -> str:
     with chunk.path.open("rb") as file:
         file.seek(chunk.start)
         data = file.read(chunk.size)
@@ -105,12 +107,12 @@ def _content(chunk: Chunk) -> str:
         raise UserError(f"{chunk.path} has changed while in use", "leave it alone during a run") from error
 
 
-def split_blocks(chunk: Chunk) -> list[str]:
+def split_blocks(chunk: FilePart) -> list[str]:
     """The texts between blank lines."""
     return [text.strip("\n") for text in re.split(r"(?:^|\n)(?:[ \t]*\n)+", _content(chunk))]
 
 
-def split_json(chunk: Chunk) -> list[str]:
+def split_json(chunk: FilePart) -> list[str]:
     """The field `text` of every line. UserError names a line that has none."""
     texts = []
     for number, line in enumerate(_content(chunk).split("\n")):

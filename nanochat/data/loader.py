@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanochat.data.documents import Block, Cursor
+from nanochat.data.documents import Cursor, DocumentBlock
 from nanochat.data.pack import CropPacker, cut_conversation, plan_whole
 from nanochat.data.sources import Source
 from nanochat.errors import UserError
@@ -142,7 +142,9 @@ def _tensor(values: np.ndarray, rt: Any, dtype: torch.dtype = torch.int64) -> to
     return tensor.copy_(torch.from_numpy(values))
 
 
-def _encode(blocks: Iterator[Block], tok: Tokenizer) -> Iterator[tuple[np.ndarray, Block, int]]:
+def _encode(
+    blocks: Iterator[DocumentBlock], tok: Tokenizer
+) -> Iterator[tuple[np.ndarray, DocumentBlock, int]]:
     """(token ids behind BOS, block, number in it) of each document, encoded a block at a time."""
     bos, num_threads = tok.get_bos_token_id(), min(4, os.cpu_count() or 1)
     for block in blocks:
@@ -194,7 +196,7 @@ class DocumentBatches(Prefetched):
 
 
 def _pack(
-    blocks: Iterator[Block], position: Any, tok: Tokenizer, packer: CropPacker, num_rows: int, rt: Any
+    blocks: Iterator[DocumentBlock], position: Any, tok: Tokenizer, packer: CropPacker, num_rows: int, rt: Any
 ) -> Batches:
     encoded, made_by = _encode(blocks, tok), tok.fingerprint()
     where: Callable[[], Any] = lambda: position  # noqa: E731

@@ -21,11 +21,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nanochat.data.documents import Block, Cursor, in_blocks
+from nanochat.data.documents import Cursor, DocumentBlock, in_blocks
 from nanochat.data.download import hub
 from nanochat.data.download.manifest import MANIFEST, Entry, read_manifest, verified
 from nanochat.data.download.stream import ShardStream
-from nanochat.data.files import Chunk, FileSource, LocalShards, check_cursor, digest
+from nanochat.data.files import FilePart, FileSource, LocalShards, check_cursor, digest
 from nanochat.data.formats import parquet_chunks, read_blocks, read_file, read_group, read_lines, scan
 from nanochat.data.tokens import read_facts
 from nanochat.errors import UserError
@@ -48,7 +48,7 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Changes with the documents and their order; a cursor is good for one fingerprint."""
 
-    def blocks(self, split: str, cursor: Cursor | None = None) -> Iterator[Block]:
+    def blocks(self, split: str, cursor: Cursor | None = None) -> Iterator[DocumentBlock]:
         """The documents after `cursor`; split "train" never ends, "val" does."""
 
     def documents(self, split: str, cursor: Cursor | None = None) -> Iterator[tuple[str, Cursor]]:
@@ -100,7 +100,7 @@ class SyntheticSource:
     def close(self) -> None:
         pass
 
-    def blocks(self, split: str, cursor: Cursor | None = None) -> Iterator[Block]:
+    def blocks(self, split: str, cursor: Cursor | None = None) -> Iterator[DocumentBlock]:
         return in_blocks(self.documents(split, cursor))
 
     def documents(self, split: str, cursor: Cursor | None = None) -> Iterator[tuple[str, Cursor]]:
@@ -160,7 +160,7 @@ def _parquet_source(
     uri: str, directory: Path, entries: list[Entry], seed: int, damaged: str, column: str = "text",
     **options: Any,
 ) -> FileSource:  # fmt: skip
-    chunks: dict[str, list[Chunk]] = {"train": []}
+    chunks: dict[str, list[FilePart]] = {"train": []}
     identity = []
     for entry in entries:
         found, footer = parquet_chunks(directory / entry["name"], column)

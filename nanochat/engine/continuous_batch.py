@@ -28,7 +28,7 @@ MAX_STEPS = 8
 SCORED_AT_ONCE = 128
 
 
-class Batch:
+class ContinuousBatch:
     """Continuous batching for a model with GPT's `forward_hidden`.
 
     Args:
@@ -246,7 +246,7 @@ def choose(rows: abc.Sequence[Sequence], logits_BV: torch.Tensor) -> None:
 
 
 class PlainBatch:
-    """Batch for a model that has only `forward(ids, kv_cache=...)`: samples of one prompt, all in step.
+    """A batch for a model that has only `forward(ids, kv_cache=...)`: samples of one prompt, all in step.
 
     A dense cache with one position; a row that has ended goes on with its last token until all have.
     """

@@ -9,14 +9,14 @@ import torch
 
 from nanochat import chat_format as chat
 from nanochat.engine.calculator import ToolState
-from nanochat.engine.continuous_batch import Batch, PlainBatch
+from nanochat.engine.continuous_batch import ContinuousBatch, PlainBatch
 from nanochat.engine.detokenizer import TextStop
 from nanochat.engine.inference import prepare
 from nanochat.engine.sampling import Sampling
 from nanochat.engine.sequence import Sequence
 from nanochat.protocols import Model, Tokenizer
 
-__all__ = ["Batch", "Completion", "Engine", "Sampling", "Sequence"]
+__all__ = ["Completion", "ContinuousBatch", "Engine", "Sampling", "Sequence"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Engine:
         tokenizer: needs encode_special, get_bos_token_id, encode and decode; for stop strings also
             decode_bytes and get_special_tokens.
         dtype: of the matrices; default: the model's compute dtype. int8: see inference.InferenceLinear.
-        speculate: see Batch; without effect for a model that has only `forward`.
+        speculate: see ContinuousBatch; without effect for a model that has only `forward`.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Engine:
         cache_namespace: str = "",
         uses_tool: bool = True,
     ) -> Sequence:
-        """A sequence ready to be admitted to a Batch; it ends with the context at the latest.
+        """A sequence ready to be admitted to a ContinuousBatch; it ends with the context at the latest.
 
         It ends at <|assistant_end|> and <|bos|> (unless ignore_eos) and at stop_ids, neither before
         min_tokens have come, and once its text holds a `stop` string. top_logprobs and prompt_top_logprobs
@@ -131,11 +131,11 @@ class Engine:
             self._network, self._seen = prepare(self.model, self.dtype), seen
         return self._network
 
-    def open_batch(self, num_rows: int, context: int, **how: Any) -> Batch | PlainBatch:
-        """A batch of this model; `how`: the other arguments of Batch."""
+    def open_batch(self, num_rows: int, context: int, **how: Any) -> ContinuousBatch | PlainBatch:
+        """A batch of this model; `how`: the other arguments of ContinuousBatch."""
         if is_ragged(self.model):
             how = {"speculate": self.speculate, **how}
-            return Batch(self.model, num_rows, context, network=self.network(), **how)
+            return ContinuousBatch(self.model, num_rows, context, network=self.network(), **how)
         return PlainBatch(self.model, num_rows, context)
 
     def generate(
@@ -232,7 +232,7 @@ class Engine:
     def _run(self, group: list[Sequence], num_rows: int) -> None:
         context = max((len(g.prompt) + max(1, g.limit) for g in group), default=1)
         if not is_ragged(self.model):
-            batch: Batch | PlainBatch = PlainBatch(self.model, num_rows, context)
+            batch: ContinuousBatch | PlainBatch = PlainBatch(self.model, num_rows, context)
             batch.admit(group)
         else:
             batch = self.open_batch(num_rows, context, in_bursts=True)
@@ -244,7 +244,7 @@ class Engine:
 
 
 def columns(
-    batch: Batch | PlainBatch, samples: abc.Sequence[Sequence]
+    batch: ContinuousBatch | PlainBatch, samples: abc.Sequence[Sequence]
 ) -> Iterator[tuple[list[int], list[int]]]:
     """(tokens, masks) of samples of one prompt, step by step, as Engine.generate yields them."""
     batch.admit(samples)

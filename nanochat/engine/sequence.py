@@ -18,7 +18,7 @@ class Tool(Protocol):
     def feed(self, token: int) -> list[int]: ...
 
 
-class TextStop(Protocol):
+class StopCondition(Protocol):
     def feed(self, token: int) -> bool: ...
 
 
@@ -43,7 +43,7 @@ class Sequence:
         tool: Tool | None = None,
         *,
         min_tokens: int = 0,
-        text_stop: TextStop | None = None,
+        text_stop: StopCondition | None = None,
         top_logprobs: int | None = None,
         prompt_top_logprobs: int | None = None,
         cache_namespace: str = "",

@@ -22,7 +22,7 @@ from nanochat.server import middleware as gate
 from nanochat.server import schemas as openai
 from nanochat.server.door import RETRY_SECONDS, health_body
 from nanochat.server.engine_thread import EngineGroup, EngineRequest, QueueFull
-from nanochat.server.metrics import Metrics
+from nanochat.server.metrics import ServerMetrics
 from nanochat.server.middleware import AccessMiddleware, EventStream, Log
 from nanochat.server.replies import ChatReply, TextReply, TokenNames
 from nanochat.server.requests import Defaults, Prepared, Prompts
@@ -92,7 +92,11 @@ def create_app(
         [engines] if isinstance(engines, Engine) else list(engines), num_rows, max_waiting, max_wait_seconds
     )
     tok, context = group.engine.tokenizer, group.engine.context
-    prompts, names, metrics = Prompts(group.engine, Defaults(temperature, top_k)), TokenNames(tok), Metrics()
+    prompts, names, metrics = (
+        Prompts(group.engine, Defaults(temperature, top_k)),
+        TokenNames(tok),
+        ServerMetrics(),
+    )
     files = page_files()
     per_key: Counter[str] = Counter()
     told: set[str] = set()

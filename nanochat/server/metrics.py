@@ -22,7 +22,7 @@ HISTOGRAMS = {
 }
 
 
-class Metrics:
+class ServerMetrics:
     """Used by the event loop alone."""
 
     def __init__(self) -> None:

@@ -18,7 +18,7 @@ SMOOTHING = 0.95  # of the loss and the time of a step, for the eye
 WAIT_SHOWN = 0.01  # share of a step spent waiting for data above which it is shown
 
 
-class Metrics:
+class MetricsLog:
     """An append-only metrics.jsonl. On resume at `step` later lines are cut, so that each step stands once.
 
     path None: nothing is written, as on all ranks but the first.
@@ -72,7 +72,7 @@ class TrainLog:
 
     def __init__(
         self,
-        metrics: Metrics,
+        metrics: MetricsLog,
         name: str,
         *,
         flops_per_token: float,

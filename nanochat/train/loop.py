@@ -78,7 +78,7 @@ class TrainState:
     spike_guard: SpikeGuard = field(default_factory=SpikeGuard)
     loss_scale: LossScale | None = None
     best: float | None = None
-    metrics: Any = None  # nanochat.train.log.Metrics
+    metrics: Any = None  # nanochat.train.log.MetricsLog
 
     # Of the last step only.
     loss: float = float("nan")

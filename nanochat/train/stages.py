@@ -22,7 +22,7 @@ from nanochat.runtime import Runtime
 from nanochat.train import speed
 from nanochat.train.checkpointing import Saver, resume
 from nanochat.train.hooks import Evaluate, evaluation, samples
-from nanochat.train.log import Metrics, TrainLog, open_wandb
+from nanochat.train.log import MetricsLog, TrainLog, open_wandb
 from nanochat.train.loop import Hook, Rates, TrainState, every, fit
 
 
@@ -90,7 +90,7 @@ def train_stage(stage: Stage, settings: StageSettings, parts: Training) -> None:
     speed.apply(model, parts.speed, rt)
     resumed_from = resume(stage, settings.resume, model, parts.optimizer, state)
     state.num_steps = parts.num_steps
-    state.metrics = Metrics(stage.metrics_file, state.step)
+    state.metrics = MetricsLog(stage.metrics_file, state.step)
 
     flops_per_token = model.estimate_flops()
     peak_flops = hardware.peak_flops(rt.device, rt.dtype)

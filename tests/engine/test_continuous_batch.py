@@ -12,7 +12,7 @@ from helpers.batch_cases import MODEL, Caller, Letters, alone, count_tokens, run
 from helpers.engine_cases import BOS, END, OUT, OUT_END, PY, PY_END, Bytes, prompt, tiny
 
 from nanochat.engine.calculator import ToolState
-from nanochat.engine.continuous_batch import Batch
+from nanochat.engine.continuous_batch import ContinuousBatch
 from nanochat.engine.engine import Engine, Sampling
 from nanochat.engine.inference import InferenceGPT, cpu_dtype
 from nanochat.engine.sequence import Sequence
@@ -30,7 +30,7 @@ def test_the_inference_network_equals_the_plain_one(model: GPT) -> None:
     """And both equal the public forward, chunk sizes mixed, window and smear included."""
     ids = prompt(290)
     for network in (InferenceGPT(model, torch.float32), model):
-        batch = Batch(model, 2, 300, network=network, token_budget=37)
+        batch = ContinuousBatch(model, 2, 300, network=network, token_budget=37)
         row = start(ids, 0, temperature=0.0, prompt_top_logprobs=0)
         run(batch, [row])
         with torch.no_grad():
@@ -47,7 +47,7 @@ def test_bf16_agrees() -> None:
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         rows.append(start(ids, 0, prompt_top_logprobs=0))
-        run(Batch(MODEL, 1, 50, network=InferenceGPT(MODEL, dtype)), [rows[-1]])
+        run(ContinuousBatch(MODEL, 1, 50, network=InferenceGPT(MODEL, dtype)), [rows[-1]])
     ours, theirs = (torch.tensor([e[0] for e in row.prompt_logprobs if e]) for row in rows)
     assert 0 < (ours - theirs).abs().mean() < 0.1
 
@@ -59,7 +59,7 @@ def test_bf16_agrees() -> None:
 def test_sixty_four_together_equal_one_by_one(temperature: float) -> None:
     prompts = texts(64)
     group = [start(ids, 4 + i % 13, seed=i, temperature=temperature) for i, ids in enumerate(prompts)]
-    together = run(Batch(MODEL, 24, 80, token_budget=100), group)
+    together = run(ContinuousBatch(MODEL, 24, 80, token_budget=100), group)
     single = [alone(ids, 4 + i % 13, seed=i, temperature=temperature) for i, ids in enumerate(prompts)]
     assert together == single
     assert [len(ids) for ids in together] == [4 + i % 13 for i in range(64)]
@@ -73,21 +73,21 @@ def test_greedy_equals_naive_past_the_window() -> None:
 def test_preempted_equals_undisturbed() -> None:
     prompts = texts(8, longest=30)
     group = [start(ids, 30, seed=i) for i, ids in enumerate(prompts)]
-    batch = Batch(MODEL, 8, 80, num_blocks=12)
+    batch = ContinuousBatch(MODEL, 8, 80, num_blocks=12)
     assert run(batch, group) == [alone(ids, 30, seed=i) for i, ids in enumerate(prompts)]
     assert batch.scheduler.num_preempted >= 3
 
 
 def test_forks_equal_separate_requests() -> None:
     for ids in (prompt(21), prompt(32), [7]):
-        batch = Batch(MODEL, 4, 60)
+        batch = ContinuousBatch(MODEL, 4, 60)
         forks = run(batch, [start(ids, 20, seed=5 + i) for i in range(4)])
         assert forks == [alone(ids, 20, seed=5 + i) for i in range(4)]
         assert len({tuple(fork) for fork in forks}) == 4
 
 
 def test_forks_compute_the_prompt_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = Batch(MODEL, 4, 60)
+    batch = ContinuousBatch(MODEL, 4, 60)
     counts = count_tokens(batch, monkeypatch)
     run(batch, [start(prompt(21), 3, seed=i) for i in range(4)])
     assert counts == [21, 4, 4]
@@ -95,7 +95,7 @@ def test_forks_compute_the_prompt_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cached_prefix_equals_cold(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second turn, past the window; the first is not computed again."""
-    batch = Batch(MODEL, 2, 500)
+    batch = ContinuousBatch(MODEL, 2, 500)
     first = start(prompt(310), 20)
     run(batch, [first])
     later = [*first.prompt, *first.output, *prompt(30)]
@@ -113,7 +113,7 @@ def test_any_prefill_chunk_equals_one(budget: int) -> None:
     ids = prompt(300)
     wanted = alone(ids, 6)
     group = [start(ids, 6), start(prompt(9), 6, seed=4)]
-    outputs = run(Batch(MODEL, 2, 310, token_budget=budget), group)
+    outputs = run(ContinuousBatch(MODEL, 2, 310, token_budget=budget), group)
     assert outputs == [wanted, alone(prompt(9), 6, seed=4)]
 
 
@@ -123,7 +123,7 @@ def test_paged_kernels_equal_views(monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = texts(6, longest=300)
     wanted = [alone(ids, 8, seed=i) for i, ids in enumerate(prompts)]
     for is_paged in (True, False):
-        batch = Batch(MODEL, 6, 310, token_budget=64)
+        batch = ContinuousBatch(MODEL, 6, 310, token_budget=64)
         batch.runner.is_paged = is_paged
         for pool in batch.blocks.pools:  # neighbours in time are no neighbours in memory
             monkeypatch.setattr(pool, "choose", lambda pool=pool: next(reversed(pool.free)))
@@ -131,14 +131,14 @@ def test_paged_kernels_equal_views(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_finished_rows_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = Batch(MODEL, 3, 60)
+    batch = ContinuousBatch(MODEL, 3, 60)
     counts = count_tokens(batch, monkeypatch)
     run(batch, [start(prompt(n), n) for n in (4, 6, 8)])
     assert counts == [18, *[3] * 3, *[2] * 2, *[1] * 2]
 
 
 def test_rows_join_while_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = Batch(MODEL, 2, 60)
+    batch = ContinuousBatch(MODEL, 2, 60)
     counts = count_tokens(batch, monkeypatch)
     group = [start(prompt(n), n) for n in (3, 8, 5, 4)]
     run(batch, group[:3])
@@ -152,7 +152,7 @@ def test_rows_join_while_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_logprobs_are_those_of_the_raw_logits() -> None:
     ids = prompt(20)
     row = start(ids, 9, temperature=0.7, top_logprobs=3, prompt_top_logprobs=2)
-    run(Batch(MODEL, 1, 40), [row])
+    run(ContinuousBatch(MODEL, 1, 40), [row])
     whole = [*ids, *row.output]
     with torch.no_grad():
         logprobs = MODEL(torch.tensor([whole]))[0].log_softmax(-1)
@@ -174,14 +174,14 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
 def test_greedy_logprob_is_the_maximum() -> None:
     """The same float: lm-eval compares them with ==."""
     row = start(prompt(9), 8, temperature=0.0, top_logprobs=1)
-    run(Batch(MODEL, 1, 40), [row])
+    run(ContinuousBatch(MODEL, 1, 40), [row])
     assert row.logprobs is not None
     assert all(likeliest == [(token, own)] for token, (own, likeliest) in zip(row.output, row.logprobs))
 
 
 def test_prompt_scores_without_an_answer() -> None:
     """max_tokens 0: only the prompt, and it is not taken from the cache, which holds no scores."""
-    batch = Batch(MODEL, 2, 40)
+    batch = ContinuousBatch(MODEL, 2, 40)
     run(batch, [start(prompt(33), 2)])
     row = ENGINE.start(prompt(33), Sampling(0.0), 0, prompt_top_logprobs=1)
     run(batch, [row])
@@ -191,13 +191,13 @@ def test_prompt_scores_without_an_answer() -> None:
 
 
 def test_preempted_scores_are_whole() -> None:
-    batch = Batch(MODEL, 4, 80, num_blocks=9, token_budget=20)
+    batch = ContinuousBatch(MODEL, 4, 80, num_blocks=9, token_budget=20)
     group = [start(prompt(20 + n), 30, seed=n, top_logprobs=1, prompt_top_logprobs=0) for n in range(4)]
     run(batch, group)
     assert batch.scheduler.num_preempted
     for n, row in enumerate(group):
         single = start(prompt(20 + n), 30, seed=n, top_logprobs=1, prompt_top_logprobs=0)
-        run(Batch(MODEL, 1, 80), [single])
+        run(ContinuousBatch(MODEL, 1, 80), [single])
         assert row.output == single.output
         for ours, theirs in ((row.prompt_logprobs, single.prompt_logprobs), (row.logprobs, single.logprobs)):
             assert ours is not None and theirs is not None and len(ours) == len(theirs)
@@ -209,24 +209,24 @@ def test_preempted_scores_are_whole() -> None:
 
 
 def test_ends_wait_for_min_tokens() -> None:
-    free = run(Batch(MODEL, 1, 60), [start(prompt(5), 30)])[0]
+    free = run(ContinuousBatch(MODEL, 1, 60), [start(prompt(5), 30)])[0]
     ends = {free[2], free[10]}
     first = next(n for n, token in enumerate(free) if token in ends)
     row = Engine(MODEL, Bytes()).start(prompt(5), Sampling(seed=1), 30, ends, ignore_eos=True)
-    run(Batch(MODEL, 1, 60), [row])
+    run(ContinuousBatch(MODEL, 1, 60), [row])
     assert row.output == free[: first + 1] and row.finish_reason == "stop"
     row = ENGINE.start(prompt(5), Sampling(seed=1), 30, ends, ignore_eos=True, min_tokens=20)
-    run(Batch(MODEL, 1, 60), [row])
+    run(ContinuousBatch(MODEL, 1, 60), [row])
     assert not ends & set(row.output[:20]) and len(row.output) > 20
 
 
 def test_stop_strings_end_a_sequence() -> None:
     engine = Engine(MODEL, Letters())
     free = engine.start(prompt(5), Sampling(seed=1, banned=tuple(range(256, 262))), 30)
-    run(Batch(MODEL, 1, 60), [free])
+    run(ContinuousBatch(MODEL, 1, 60), [free])
     text = Letters().decode_bytes(free.output).decode()
     row = engine.start(prompt(5), free.sampling, 30, stop=["", text[7:10], "no such"])
-    run(Batch(MODEL, 1, 60), [row])
+    run(ContinuousBatch(MODEL, 1, 60), [row])
     end = text.find(text[7:10]) + 3
     assert (row.output, row.finish_reason) == (free.output[:end], "stop")
 
@@ -237,7 +237,7 @@ def test_forced_output_enters_as_one_chunk(in_bursts: bool) -> None:
     model.init_weights(0)
     chain = [BOS, PY, *b"1+29", PY_END]
     model.nexts = dict(itertools.pairwise(chain)) | {OUT_END: ord("!")}
-    batch = Batch(model, 1, 40, in_bursts=in_bursts)
+    batch = ContinuousBatch(model, 1, 40, in_bursts=in_bursts)
     row = Sequence([BOS], 30, Sampling(0.0), frozenset([END]), ToolState(Bytes()), top_logprobs=0)
     batch.admit([row])
     shown = []

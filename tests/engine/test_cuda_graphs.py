@@ -16,7 +16,7 @@ from helpers.engine_cases import prompt
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from nanochat.engine import cuda_graphs as graphs
-from nanochat.engine.continuous_batch import Batch
+from nanochat.engine.continuous_batch import ContinuousBatch
 from nanochat.engine.cuda_graphs import StaticSteps, blocks_of, rows_of
 from nanochat.engine.sampling import Draws, Sampling
 from nanochat.engine.sequence import Sequence
@@ -40,8 +40,8 @@ class Recorded:
                 static.copy_(fresh)
 
 
-def static_batch(num_rows: int, context: int, capture: Any = Recorded, **how: Any) -> Batch:
-    batch = Batch(MODEL, num_rows, context, **how)
+def static_batch(num_rows: int, context: int, capture: Any = Recorded, **how: Any) -> ContinuousBatch:
+    batch = ContinuousBatch(MODEL, num_rows, context, **how)
     runner = batch.runner
     runner.native = None
     runner.static = StaticSteps(
@@ -109,7 +109,7 @@ def test_ahead_of_the_host(name: str) -> None:
         given = zip(asked, limits, ways, strict=True)
         return [Sequence(ids, limit, way, frozenset()) for ids, limit, way in given]
 
-    plain = run(Batch(MODEL, 4, 320), rows())
+    plain = run(ContinuousBatch(MODEL, 4, 320), rows())
     for ahead, in_bursts in ((1, False), (5, False), (8, True)):
         batch = static_batch(4, 320, max_steps=ahead, in_bursts=in_bursts)
         reads = count_reads(batch)
@@ -117,7 +117,7 @@ def test_ahead_of_the_host(name: str) -> None:
         assert batch.runner.has_graphs and (reads[0] == 0) == (ahead == 1)
 
 
-def count_reads(batch: Batch) -> list[int]:
+def count_reads(batch: ContinuousBatch) -> list[int]:
     """How often several tokens were read at once."""
     found, real = [0], batch.runner.draw_steps
 
@@ -246,7 +246,7 @@ def test_on_a_gpu_graphs_equal_eager(monkeypatch: pytest.MonkeyPatch) -> None:
         for temperature in (0.0, 0.7):
             found = []
             for is_static in (True, False):
-                batch = Batch(model, 4, 320, network=network)
+                batch = ContinuousBatch(model, 4, 320, network=network)
                 assert isinstance(batch.runner.static, graphs.StaticSteps)
                 batch.runner.static = batch.runner.static if is_static else None
                 rows = [start(ids, 20, seed=1, temperature=temperature) for ids in texts(4)]

@@ -210,7 +210,7 @@ def test_kv_cache_prefill() -> None:
 
 
 def test_ended_by_somebody_else() -> None:
-    batch = engine_module.Batch(MODEL, 2, 50)
+    batch = engine_module.ContinuousBatch(MODEL, 2, 50)
     rows = [ENGINE.start(prompt(n), engine_module.Sampling(0.0), 20) for n in (4, 6)]
     batch.admit(rows)
     assert batch.emit() == [] and batch.num_free_rows == 0  # nothing is computed yet

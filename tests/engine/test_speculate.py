@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.engine.calculator import ToolState
-from nanochat.engine.continuous_batch import Batch
+from nanochat.engine.continuous_batch import ContinuousBatch
 from nanochat.engine.engine import Engine, Sampling
 from nanochat.engine.sequence import Sequence
 from nanochat.engine.speculate import FIRST_SIZE, NGRAMS, Lookup
@@ -69,7 +69,7 @@ def test_size_follows_success() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         Lookup(0)
     with pytest.raises(ValueError, match="speculate"):
-        Batch(MODEL, 1, 20, speculate=-1)
+        ContinuousBatch(MODEL, 1, 20, speculate=-1)
 
 
 # ---------------------------------------------------------------- the same tokens
@@ -91,7 +91,7 @@ def group(prompts: list[list[int]], limit: int = 20, **more) -> list[Sequence]:
 
 @cache
 def one_by_one(count: int) -> list[list[int]]:
-    return [run(Batch(MODEL, 1, 120), [row])[0] for row in group(repetitive(count))]
+    return [run(ContinuousBatch(MODEL, 1, 120), [row])[0] for row in group(repetitive(count))]
 
 
 def kept(rows: list[Sequence]) -> int:
@@ -109,7 +109,7 @@ def test_guessing_changes_no_token(in_bursts: bool, how: dict) -> None:
     """Mixed lengths and settings, small budgets (guesses are cut), preempted sequences, small rooms."""
     prompts = repetitive(6)
     rows = group(prompts)
-    batch = Batch(MODEL, 5, 120, in_bursts=in_bursts, **{"speculate": 6, **how})
+    batch = ContinuousBatch(MODEL, 5, 120, in_bursts=in_bursts, **{"speculate": 6, **how})
     assert run(batch, rows) == one_by_one(len(prompts))
     assert kept(rows) > 5 and ("num_blocks" not in how or batch.scheduler.num_preempted > 0)
 
@@ -119,7 +119,7 @@ def test_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = prompt(20) * 3
     plain = alone(ids, 60, temperature=0.0)
     for in_bursts in (True, False):
-        batch = Batch(MODEL, 1, 130, speculate=8, in_bursts=in_bursts)
+        batch = ContinuousBatch(MODEL, 1, 130, speculate=8, in_bursts=in_bursts)
         counts = count_tokens(batch, monkeypatch)
         row = start(ids, 60, temperature=0.0)
         assert run(batch, [row]) == [plain]
@@ -130,7 +130,7 @@ def test_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_through_page_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of GPUs: proposals are longer chunks there."""
     prompts = repetitive(6)[:4]
-    batch = Batch(MODEL, 4, 120, speculate=5)
+    batch = ContinuousBatch(MODEL, 4, 120, speculate=5)
     batch.runner.is_paged = True
     assert run(batch, group(prompts)) == one_by_one(6)[:4]
 
@@ -138,7 +138,7 @@ def test_through_page_tables(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_forks_and_second_turns() -> None:
     """Forks of one prompt; then a prompt that goes on where a guessing row has stopped, past the window."""
     ids = prompt(30) * 9
-    batch = Batch(MODEL, 3, 420, speculate=7)
+    batch = ContinuousBatch(MODEL, 3, 420, speculate=7)
     rows = [start(ids, 40, seed=i, temperature=0.4) for i in range(3)]
     assert run(batch, rows) == [alone(ids, 40, seed=i, temperature=0.4) for i in range(3)]
     later = [*ids, *rows[0].output, 5, 6]
@@ -150,8 +150,8 @@ def test_forks_and_second_turns() -> None:
 def test_logprobs_stay() -> None:
     ids = prompt(15) * 3
     rows = [start(ids, 40, temperature=0.2, top_logprobs=2, prompt_top_logprobs=1) for _ in range(2)]
-    run(Batch(MODEL, 1, 90), rows[:1])
-    run(Batch(MODEL, 1, 90, speculate=6), rows[1:])
+    run(ContinuousBatch(MODEL, 1, 90), rows[:1])
+    run(ContinuousBatch(MODEL, 1, 90, speculate=6), rows[1:])
     assert rows[0].output == rows[1].output and kept(rows[1:]) > 5
     for plain, guessed in ((rows[0].logprobs, rows[1].logprobs),):
         assert plain is not None and guessed is not None and len(plain) == len(guessed) == 40
@@ -173,7 +173,7 @@ def test_ends() -> None:
     ):
         rows = [engine.start(ids, free.sampling, 40, **more) for _ in range(2)]
         for row, how in zip(rows, ({}, {"speculate": 8, "in_bursts": True}), strict=True):
-            run(Batch(MODEL, 1, 120, **how), [row])
+            run(ContinuousBatch(MODEL, 1, 120, **how), [row])
         assert (rows[0].output, rows[0].finish_reason) == (rows[1].output, rows[1].finish_reason)
         num_kept += kept(rows[1:])
     assert num_kept > 0
@@ -187,7 +187,7 @@ def test_the_tool_is_called_inside_a_guess(in_bursts: bool) -> None:
     model.nexts = dict(itertools.pairwise([BOS, PY, *b"1+29", PY_END])) | {OUT_END: PY}
     rows = []
     for speculate in (0, 16):
-        batch = Batch(model, 1, 200, in_bursts=in_bursts, speculate=speculate)
+        batch = ContinuousBatch(model, 1, 200, in_bursts=in_bursts, speculate=speculate)
         rows.append(Sequence([BOS], 120, Sampling(0.0), frozenset([END]), ToolState(Bytes())))
         model.fed = []
         run(batch, rows[-1:])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.engine_cases import END, Bytes, tiny
 
-from nanochat.engine.continuous_batch import Batch
+from nanochat.engine.continuous_batch import ContinuousBatch
 from nanochat.engine.engine import Sampling
 from nanochat.engine.sequence import Sequence
 from nanochat.gpt import GPT
@@ -33,7 +33,7 @@ def start(ids: list[int], limit: int = 12, seed: int = 1, temperature: float = 1
     return Sequence(ids, limit, Sampling(temperature, seed=seed), NO_END, **more)
 
 
-def run(batch: Batch, group: list[Sequence]) -> list[list[int]]:
+def run(batch: ContinuousBatch, group: list[Sequence]) -> list[list[int]]:
     batch.admit(group)
     while batch.is_running:
         batch.emit()
@@ -44,10 +44,10 @@ def run(batch: Batch, group: list[Sequence]) -> list[list[int]]:
 
 
 def alone(ids: list[int], limit: int = 12, **more) -> list[int]:
-    return run(Batch(MODEL, 1, len(ids) + limit), [start(ids, limit, **more)])[0]
+    return run(ContinuousBatch(MODEL, 1, len(ids) + limit), [start(ids, limit, **more)])[0]
 
 
-def count_tokens(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def count_tokens(batch: ContinuousBatch, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens of each forward pass."""
     counts: list[int] = []
     real = batch.runner.run

@@ -9,7 +9,7 @@ import torch
 from helpers.batch_cases import MODEL, run, start
 from helpers.engine_cases import Bytes, prompt, tiny
 
-from nanochat.engine.continuous_batch import Batch
+from nanochat.engine.continuous_batch import ContinuousBatch
 from nanochat.engine.engine import Engine, Sampling
 from nanochat.engine.inference import InferenceGPT, InferenceLinear, prepare, quantize
 from nanochat.engine.sequence import Sequence
@@ -113,7 +113,7 @@ def test_copies_in_huge_pages(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
 def outputs(model: GPT, network: InferenceGPT, lengths: list[int], limit: int = 12) -> list[list[float]]:
     """Log-probabilities of what a mixed batch says greedily, with its tokens' ids."""
     rows = [start(prompt(n), limit, seed=n, temperature=0.0, top_logprobs=0) for n in lengths]
-    run(Batch(model, len(rows), 400, network=network), rows)
+    run(ContinuousBatch(model, len(rows), 400, network=network), rows)
     return [[*map(float, row.output), *(entry[0] for entry in row.logprobs or [])] for row in rows]
 
 
@@ -145,7 +145,7 @@ def test_a_step_equals_pytorch(model: GPT, dtype: torch.dtype, monkeypatch: pyte
 
     def scores() -> torch.Tensor:
         row = start(prompt(300), 0, prompt_top_logprobs=0)
-        run(Batch(model, 1, 320, network=network, token_budget=7), [row])
+        run(ContinuousBatch(model, 1, 320, network=network, token_budget=7), [row])
         return torch.tensor([entry[0] for entry in row.prompt_logprobs or [] if entry])
 
     ours = outputs(model, network, lengths), scores()
@@ -207,10 +207,10 @@ def test_company_changes_no_answer(dtype: torch.dtype) -> None:
         return [start(prompt(5 + 7 * n), 20, seed=n, temperature=0.8, top_logprobs=2) for n in range(20)]
 
     together, pieces, alone = rows(), rows(), rows()
-    run(Batch(MODEL, 20, 300, network=network), together)
-    run(Batch(MODEL, 20, 300, network=network, token_budget=29), pieces)
+    run(ContinuousBatch(MODEL, 20, 300, network=network), together)
+    run(ContinuousBatch(MODEL, 20, 300, network=network, token_budget=29), pieces)
     for row in alone:
-        run(Batch(MODEL, 1, 300, network=network), [row])
+        run(ContinuousBatch(MODEL, 1, 300, network=network), [row])
     for a, b, c in zip(together, pieces, alone, strict=True):
         assert a.output == b.output == c.output and a.logprobs == b.logprobs == c.logprobs
 
@@ -221,12 +221,12 @@ def test_steps_go_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     real = native_step.NativeStep.__call__
     monkeypatch.setattr(native_step.NativeStep, "__call__", lambda *a: (calls.append(len(a[1])), real(*a))[1])
-    run(Batch(MODEL, 3, 80), [start(prompt(n), 9) for n in (20, 5, 3)])
+    run(ContinuousBatch(MODEL, 3, 80), [start(prompt(n), 9) for n in (20, 5, 3)])
     assert calls[:1] == ([28] if takes_any(torch.float32) else [3]) and calls.count(3) == 8
     calls.clear()
-    run(Batch(MODEL, 1, 80, network=MODEL), [start(prompt(4), 3)])
+    run(ContinuousBatch(MODEL, 1, 80, network=MODEL), [start(prompt(4), 3)])
     monkeypatch.setattr(native, "_override", False)
-    run(Batch(MODEL, 1, 80), [start(prompt(4), 3)])
+    run(ContinuousBatch(MODEL, 1, 80), [start(prompt(4), 3)])
     assert not calls
 
 
@@ -236,8 +236,8 @@ def test_guesses_are_exact_to_the_bit(dtype: torch.dtype) -> None:
     """A token's logits do not depend on what is computed beside it: guessing moves nothing in bf16 either."""
     network, ids = InferenceGPT(MODEL, dtype), prompt(15) * 3
     rows = [start(ids, 60, temperature=0.3, top_logprobs=3) for _ in range(2)]
-    run(Batch(MODEL, 1, 110, network=network), rows[:1])
-    run(Batch(MODEL, 1, 110, network=network, speculate=8), rows[1:])
+    run(ContinuousBatch(MODEL, 1, 110, network=network), rows[:1])
+    run(ContinuousBatch(MODEL, 1, 110, network=network, speculate=8), rows[1:])
     assert rows[0].output == rows[1].output and rows[0].logprobs == rows[1].logprobs
     assert rows[1].lookup is not None and rows[1].lookup.num_kept > 2
 
@@ -246,7 +246,7 @@ def test_guesses_are_exact_to_the_bit(dtype: torch.dtype) -> None:
 def test_bad_ids_are_refused_before_memory_is_read() -> None:
     for bad in (-1, 10_000):
         with pytest.raises(IndexError, match="ids must lie"):
-            run(Batch(MODEL, 1, 20), [start([3, bad], 2)])
+            run(ContinuousBatch(MODEL, 1, 20), [start([3, bad], 2)])
 
 
 WRONG_INDICES = {  # what is given in place of a good argument, and what is said
@@ -334,7 +334,7 @@ def test_what_decode_c_does_not_know_is_pytorchs(dtype: torch.dtype) -> None:
     network = InferenceGPT(MODEL, dtype)
     assert native_step.kv_dtype(network) == torch.float32
     rows = [start(prompt(9), 5, temperature=0.0)]
-    run(Batch(MODEL, 1, 40, network=network), rows)
+    run(ContinuousBatch(MODEL, 1, 40, network=network), rows)
     assert len(rows[0].output) == 5
 
 
@@ -343,8 +343,8 @@ def test_what_decode_c_does_not_know_is_pytorchs(dtype: torch.dtype) -> None:
 def test_turned_off_in_mid_run(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The PyTorch lines go on with the same cache."""
     rows = [start(prompt(9), 12, temperature=0.0) for _ in range(2)]
-    run(Batch(MODEL, 1, 40, network=InferenceGPT(MODEL, dtype)), rows[:1])
-    batch = Batch(MODEL, 1, 40, network=InferenceGPT(MODEL, dtype))
+    run(ContinuousBatch(MODEL, 1, 40, network=InferenceGPT(MODEL, dtype)), rows[:1])
+    batch = ContinuousBatch(MODEL, 1, 40, network=InferenceGPT(MODEL, dtype))
     batch.admit(rows[1:])
     while batch.is_running:
         batch.emit()
@@ -390,7 +390,7 @@ def test_int8_logits_stay_near(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def scores(dtype: torch.dtype) -> torch.Tensor:
         row = start(ids, 0, prompt_top_logprobs=0)
-        run(Batch(MODEL, 1, 50, network=InferenceGPT(MODEL, dtype), token_budget=3), [row])
+        run(ContinuousBatch(MODEL, 1, 50, network=InferenceGPT(MODEL, dtype), token_budget=3), [row])
         return torch.tensor([entry[0] for entry in row.prompt_logprobs or [] if entry])
 
     exact = scores(torch.float32)
@@ -414,4 +414,4 @@ def test_int8_engine() -> None:
     with pytest.raises(ValueError, match="int8"):
         prepare(Other(GPTConfig(16, 262, 1, 1, 1, 24, "L")), torch.int8)
     row = Sequence(ids, 3, Sampling(0.0), frozenset())
-    assert len(run(Batch(MODEL, 1, 60, network=engine.network()), [row])[0]) == 3
+    assert len(run(ContinuousBatch(MODEL, 1, 60, network=engine.network()), [row])[0]) == 3

@@ -24,7 +24,7 @@ from nanochat.run_dir import clock, read_metrics
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train.checkpointing import join_arrays, split_arrays
 from nanochat.train.guards import MAX_SKIPS, WINDOW, LossScale, SpikeGuard
-from nanochat.train.log import Metrics
+from nanochat.train.log import MetricsLog
 from nanochat.train.loop import Rates, TrainState, every, fit
 from nanochat.train.stages import wait_frac
 from scripts import base_train, chat_sft, mid_train
@@ -324,13 +324,13 @@ def test_arrays_travel_beside_json() -> None:
 
 def test_metrics_survive_a_torn_line_and_are_cut_on_resume(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    log = Metrics(path, 0)
+    log = MetricsLog(path, 0)
     for step in (1, 2, 3):
         log.write(step=step, loss=float(step), grad_norm=float("inf"))
     with open(path, "a") as file:
         file.write('{"step": 4, "lo')
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
-    assert [row["step"] for row in Metrics(path, 2).rows] == [1, 2]
+    assert [row["step"] for row in MetricsLog(path, 2).rows] == [1, 2]
     assert read_metrics(path)[1]["grad_norm"] is None
     assert clock(3661) == "1:01:01" and clock(59) == "0:59"
 

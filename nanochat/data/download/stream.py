@@ -15,7 +15,7 @@ from typing import Any
 
 from nanochat.data.download import hub
 from nanochat.data.download.manifest import Entry, Repo, is_here, read_manifest
-from nanochat.data.files import Chunk, Turn
+from nanochat.data.files import FilePart, Turn
 from nanochat.data.formats import parquet_chunks
 from nanochat.errors import UserError
 
@@ -34,7 +34,7 @@ class ShardStream:
         self._walks: set[threading.Event] = set()
         self._check_bound(max((entry["size"] or 0 for entry in entries), default=0))
 
-    def walk(self, turns: Iterator[Turn]) -> Iterator[tuple[Turn, list[Chunk]]]:
+    def iterate(self, turns: Iterator[Turn]) -> Iterator[tuple[Turn, list[FilePart]]]:
         stop = threading.Event()
         self._walks.add(stop)
         ahead: deque[tuple[Turn, Future[Any]]] = deque()
@@ -63,7 +63,7 @@ class ShardStream:
             self._walks.discard(stop)
 
     def close(self) -> None:
-        """End all walks: who waits for a shard gets Stopped, what has arrived of it stays."""
+        """End all iterations: who waits for a shard gets Stopped, what has arrived of it stays."""
         for stop in tuple(self._walks):
             stop.set()
 
@@ -80,7 +80,7 @@ class ShardStream:
         threading.Thread(target=run, name="shards", daemon=True).start()
         return job
 
-    def _chunks(self, name: str) -> list[Chunk]:
+    def _chunks(self, name: str) -> list[FilePart]:
         path = self.repo.directory / name
         while True:
             try:
@@ -90,7 +90,7 @@ class ShardStream:
                     raise
                 hub.fetch_one(self.repo, name)  # another process has just evicted it
 
-    def repair(self, chunk: Chunk) -> bool:
+    def repair(self, chunk: FilePart) -> bool:
         """Fetch a damaged shard once more; False where that has been tried, or nothing may be fetched."""
         name = chunk.path.relative_to(self.repo.directory).as_posix()
         if not chunk.path.exists():  # evicted by another process
